@@ -1,0 +1,81 @@
+"""`equipoise stats`: the load of the experts, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from equipoise.cli.common import (
+    Category,
+    Csv,
+    Domain,
+    Json,
+    Phase,
+    Role,
+    Subject,
+    TracePath,
+    console,
+    one_of,
+    open_selected,
+    print_json,
+    say,
+)
+
+
+def stats(
+    path: TracePath,
+    layer: Annotated[
+        int | None, typer.Option(help="Every expert of this layer.", show_default=False)
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Split by subject, category, domain, role or phase.", show_default=False),
+    ] = None,
+    subject: Subject = None,
+    category: Category = None,
+    domain: Domain = None,
+    role: Role = None,
+    phase: Phase = None,
+    intervals: Annotated[bool, typer.Option(help="95 % bootstrap intervals.")] = True,
+    json: Json = False,
+    csv: Csv = False,
+) -> None:
+    """Show how evenly each layer uses its experts, beside what chance alone would give.
+
+    Examples:
+
+      equipoise stats run.trace
+
+      equipoise stats run.trace --layer 7
+
+      equipoise stats run.trace --by category --json
+    """
+    one_of({"--json": json, "--csv": csv})
+    one_of({"--layer": layer is not None, "--by": by is not None})
+    trace = open_selected(
+        path, subject=subject, category=category, domain=domain, role=role, phase=phase
+    )
+    from equipoise.diagnose import stats as diagnose
+    from equipoise.report import export, terminal
+
+    rows: Any
+    if layer is not None:
+        rows = diagnose.layer_rows(trace, layer, intervals=intervals)
+        table, flat = terminal.experts_table, export.experts_csv
+    elif by is not None:
+        rows = diagnose.stats_by(trace, by, intervals=intervals)
+        table, flat = terminal.by_table, export.by_csv
+    else:
+        rows = diagnose.stats(trace, intervals=intervals)
+        table, flat = terminal.layers_table, export.stats_csv
+    if json:
+        print_json(rows)
+    elif csv:
+        print(flat(rows), end="")
+    else:
+        screen = console()
+        screen.print(table(rows))
+        if layer is None and by is None and rows["accuracy"]:
+            screen.print(terminal.accuracy_line(rows["accuracy"]))
+        say(f"Next: equipoise dead {path}, or equipoise report {path}")

@@ -1,0 +1,113 @@
+"""The generic route: experts modules whose forward takes the ids and weights of the selection."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from equipoise.models import describe
+from equipoise.models.scan import Scan, split
+from equipoise.models.sites import RouterSite
+from equipoise.models.taps import Ears, Observer
+
+_IDS = ("top_k_index", "router_indices")
+_WEIGHTS = ("top_k_weights", "routing_weights")
+
+
+def argument_names(module: nn.Module) -> tuple[str, str] | None:
+    """Names under which a module's forward takes expert ids and weights, if it takes both."""
+    names = inspect.signature(type(module).forward).parameters
+    ids = next((name for name in _IDS if name in names), None)
+    weights = next((name for name in _WEIGHTS if name in names), None)
+    return (ids, weights) if ids and weights else None
+
+
+def block_path(scan: Scan, path: str) -> str:
+    """The path that names a site: the block around the experts, unless that is a whole layer."""
+    above, _ = scan.parent(path)
+    return path if above.rpartition(".")[2].isdigit() or not above else above
+
+
+def site(scan: Scan, path: str, module: nn.Module, null_experts: int = 0) -> RouterSite:
+    """The router site in front of an experts module."""
+    router = scan.router_beside(path)
+    width = describe.num_experts(module, scan.config_of(path), path) + null_experts
+    heard = describe_site(scan, path, module, router, ears(module, router, width))
+    heard.null_experts = null_experts
+    return heard
+
+
+def describe_site(
+    scan: Scan,
+    path: str,
+    module: nn.Module,
+    router: nn.Module | None,
+    ears: Ears,
+    *,
+    block: str | None = None,
+    top_k: int | None = None,
+) -> RouterSite:
+    """A site heard at the module at `path`, in the block around it unless another is named."""
+    around = scan.modules[block if block is not None else path.rpartition(".")[0]]
+    config = scan.config_of(path)
+    stack, layer = split(path)
+    return RouterSite(
+        layer=layer,
+        path=block_path(scan, path) if block is None else block,
+        stack=stack,
+        num_experts=describe.num_experts(module, config, path),
+        top_k=top_k or describe.top_k([m for m in (router, around) if m is not None], config, path),
+        score_function=describe.score_function(router, around, config),
+        selection_bias=describe.selection_bias(router, around),
+        shared_experts=describe.shared_experts(scan, path, config),
+        family=scan.family,
+        module=module,
+        ears=ears,
+    )
+
+
+def ears(
+    experts: nn.Module,
+    router: nn.Module | None,
+    width: int,
+    arguments: tuple[str, str] | None = None,
+    read: Callable[[Tensor], Tensor] | None = None,
+) -> Ears:
+    """Hooks that hear ids and weights at the experts, scores [T, width] at the router.
+
+    `arguments` names what forward calls ids and weights; `read` makes ids of something else.
+    """
+    names = list(inspect.signature(type(experts).forward).parameters)[1:]
+    ids_name, weights_name = arguments or argument_names(experts) or ("", "")
+    ids_at, weights_at = names.index(ids_name), names.index(weights_name)
+
+    def install(hear: Observer) -> list[RemovableHandle]:
+        heard: list[Tensor | None] = [None]
+
+        def at_router(_: nn.Module, __: Any, output: Any) -> None:
+            heard[0] = scores_in(output, width)
+
+        def at_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = kwargs[ids_name] if ids_name in kwargs else args[ids_at]
+            weights = kwargs[weights_name] if weights_name in kwargs else args[weights_at]
+            scores, heard[0] = heard[0], None
+            hear(ids if read is None else read(ids), weights, scores)
+
+        handles = [experts.register_forward_pre_hook(at_experts, with_kwargs=True)]
+        if router is not None:
+            handles.append(router.register_forward_hook(at_router))
+        return handles
+
+    return install
+
+
+def scores_in(output: Any, width: int) -> Tensor | None:
+    """The first floating tensor with `width` columns that a router returned."""
+    for tensor in output if isinstance(output, list | tuple) else (output,):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.shape[-1] == width:
+            return tensor
+    return None

@@ -1,0 +1,159 @@
+"""A router site: one place in a model where tokens are sent to experts, and how to watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.errors import RoutingError
+from equipoise.models.taps import Ears, Observer, Tap, tap_of
+from equipoise.routing import NO_EXPERT, Routing
+
+Interpreter = Callable[[Tensor, Tensor | None], Tensor]
+"""From ids and weights as the model passes them to ids in which NO_EXPERT stands for no expert."""
+
+_valid_T: Tensor | None = None
+
+
+@contextmanager
+def valid_tokens(mask_BS: Tensor | None) -> Iterator[None]:
+    """Say which token rows of the forward passes inside are tokens (True) and not padding.
+
+    A site takes the mask, flattened, where it has as many elements as the site has rows;
+    elsewhere (a vision tower, a decoding step) every row counts as a token.
+    """
+    global _valid_T
+    before = _valid_T
+    _valid_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+    try:
+        yield
+    finally:
+        _valid_T = before
+
+
+class Handle:
+    """An observation that can be ended, by `remove()` or as a context manager; ending twice is fine."""
+
+    def __init__(self, tap: Tap, observer: Observer) -> None:
+        self._tap, self._observer = tap, observer
+
+    def remove(self) -> None:
+        """End the observation; the last one of a site takes its hooks from the model."""
+        self._tap.discard(self._observer)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+@dataclass(eq=False)
+class RouterSite:
+    """One router of a model: what it chooses from, and how to hear what it chooses."""
+
+    layer: int
+    """True layer number in the model, dense layers counted."""
+    path: str
+    """Module path of the MoE block, or of its experts where the block is a whole layer; unique."""
+    stack: str
+    """The path up to the layer number: layers of one stack see the same token rows."""
+    num_experts: int
+    """Experts that compute; ids lie in [0, num_experts) or are NO_EXPERT."""
+    top_k: int
+    """Experts selected for each token."""
+    score_function: str
+    """"softmax", "sigmoid", "sqrtsoftplus", "sparsemixer", "hash" or "unknown"."""
+    selection_bias: bool
+    """True where a bias that enters selection only (not the weights) is added to the scores."""
+    shared_experts: int
+    """Experts that every token visits besides the selected ones; not counted in num_experts."""
+    family: str
+    """The model's `config.model_type`."""
+    null_experts: int = 0
+    """Choices of the router beyond the experts that compute nothing, recorded as NO_EXPERT."""
+    module: nn.Module = field(kw_only=True, repr=False)
+    ears: Ears = field(kw_only=True, repr=False)
+    interpret: Interpreter | None = field(kw_only=True, repr=False, default=None)
+    refresh: Callable[[], None] | None = field(kw_only=True, repr=False, default=None)
+
+    def observe(self, callback: Callable[[Routing], None]) -> Handle:
+        """Call `callback` with the Routing of every forward pass, until the handle is removed.
+
+        The tensors belong to the model: copy what is kept. Nothing is copied, moved or waited for
+        here. Raises RoutingError, in the forward pass, where ids do not have the site's shape.
+        """
+
+        def observer(ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> None:
+            callback(self._routing(ids, weights, scores))
+
+        tap = tap_of(self.module)
+        fresh = not tap.handles
+        tap.add(observer, self.ears)
+        if fresh and self.refresh is not None:
+            self.refresh()
+        return Handle(tap, observer)
+
+    def _routing(self, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> Routing:
+        ids = ids.reshape(-1, ids.shape[-1])
+        self._check_ids(ids)
+        if weights is not None:
+            weights = weights.reshape(len(ids), -1)
+            if weights.shape != ids.shape:
+                weights = _selected(weights, ids, self)
+        if scores is not None:
+            scores = scores.reshape(-1, scores.shape[-1])
+            scores = scores if len(scores) == len(ids) else None
+        if self.interpret is not None:
+            ids = self.interpret(ids, weights)
+        valid_T = _valid_T if _valid_T is not None and _valid_T.numel() == len(ids) else None
+        return Routing(self.layer, self.path, ids, weights, scores, valid_T)
+
+    def _check_ids(self, ids_TK: Tensor) -> None:
+        if ids_TK.is_floating_point() or ids_TK.dtype == torch.bool:
+            raise RoutingError(
+                f"{self.path}: expert ids have dtype {ids_TK.dtype}; integers were expected. "
+                "This model passes something else than ids to its experts."
+            )
+        if ids_TK.shape[-1] != self.top_k:
+            raise RoutingError(
+                f"{self.path}: {ids_TK.shape[-1]} experts per token were routed, but the model is "
+                f"configured for {self.top_k}. Load it with a config that agrees with its code."
+            )
+
+
+def _selected(weights_TE: Tensor, ids_TK: Tensor, site: RouterSite) -> Tensor:
+    # Some experts take the weights of all experts, zero for those that are not selected.
+    if weights_TE.shape[-1] != site.num_experts:
+        raise RoutingError(
+            f"{site.path}: routing weights of shape {list(weights_TE.shape)} fit neither top-k "
+            f"{site.top_k} nor {site.num_experts} experts."
+        )
+    return weights_TE.gather(1, ids_TK.long())
+
+
+def check_routing(routing: Routing, site: RouterSite) -> None:
+    """Raise RoutingError where an id is neither NO_EXPERT nor in [0, num_experts).
+
+    Reads values, so it waits for the device; for tests, and for data already on the host.
+    """
+    ids = routing.expert_ids_TK
+    if ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < NO_EXPERT or high >= site.num_experts:
+        seen = high if high >= site.num_experts else low
+        raise RoutingError(
+            f"{site.path}: expert id {seen} was routed, but the layer has experts 0 to "
+            f"{site.num_experts - 1}. The trace would be wrong; nothing of this pass is recorded."
+        )

@@ -1,0 +1,1 @@
+"""Findings and measures to terminal, HTML, JSON, CSV and figures."""

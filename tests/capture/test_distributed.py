@@ -1,0 +1,107 @@
+"""Two processes (gloo): their parts make the trace that one process makes, exactly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import equipoise
+from equipoise import TraceError
+from tests.capture.tiny import olmoe, tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCHES = 6
+
+WORKER = f"""
+import os, sys, torch, torch.distributed as dist, equipoise
+from tests.capture.tiny import olmoe, tokens
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mode, path = dist.get_rank(), sys.argv[1], sys.argv[2]
+model = olmoe()
+if mode == "tensor":
+    from torch.distributed.device_mesh import init_device_mesh
+    model._tp_size = 2
+    assert model.tp_size == 2
+seeds = range({BATCHES}) if mode != "data" else range(rank, {BATCHES}, 2)
+seeds = [s + 100 * rank for s in seeds] if mode == "torn" else seeds
+wanted = {{"torn": 0}}.get(mode)
+with torch.no_grad(), equipoise.record(model, path, window_tokens=50, data_rank=wanted) as recorder:
+    for seed in seeds:
+        number = recorder.add_sequence(subject=f"s{{seed % 3}}", question=seed, tokens=20)
+        with recorder.batch([number], [0], [20]):
+            model(tokens(1, 20, seed=seed))
+        recorder.complete(number, correct=seed % 2 == 0)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> equipoise.Trace:
+    model, path = olmoe(), tmp_path_factory.mktemp("single") / "t"
+    with torch.no_grad(), equipoise.record(model, path) as recorder:
+        for seed in range(BATCHES):
+            number = recorder.add_sequence(subject=f"s{seed % 3}", question=seed, tokens=20)
+            with recorder.batch([number], [0], [20]):
+                model(tokens(1, 20, seed=seed))
+            recorder.complete(number, correct=seed % 2 == 0)
+    return equipoise.open(path)
+
+
+def torchrun(mode: str, path: Path) -> equipoise.Trace:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = path.parent / "worker.py"
+    script.write_text(WORKER)
+    subprocess.run(
+        [*command, "--nproc-per-node", "2", str(script), mode, str(path)],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        capture_output=True,
+    )
+    return equipoise.open(path)
+
+
+@pytest.mark.distributed
+def test_data_parallel_ranks_add_up_to_one_process(
+    single: equipoise.Trace, tmp_path: Path
+) -> None:
+    both = torchrun("data", tmp_path / "t")
+    assert both.meta["world_size"] == 2
+    assert both.meta["status"] == "complete"
+    assert (both.counts_LE == single.counts_LE).all()
+    assert (both.recount() == single.counts_LE).all()
+    assert both.accuracy() == single.accuracy()
+    for subject in ("s0", "s1", "s2"):
+        one, two = (t.select(subject=subject) for t in (single, both))
+        assert (one.counts_LE == two.counts_LE).all()
+        assert (two.recount() == two.counts_LE).all()
+    numbers = both.sequences["sequence"].to_pylist()
+    assert len(set(numbers)) == BATCHES
+    (tmp_path / "t" / "trace-r00001.json").unlink()
+    alone = equipoise.open(tmp_path / "t")
+    assert alone.meta["status"] == "partial"
+    assert alone.meta["missing_ranks"] == [1]
+
+
+@pytest.mark.distributed
+def test_ranks_that_see_the_same_tokens_count_once(
+    single: equipoise.Trace, tmp_path: Path
+) -> None:
+    both = torchrun("tensor", tmp_path / "t")
+    assert (both.counts_LE == single.counts_LE).all()
+    assert (both.expert_ids_TLK == single.expert_ids_TLK).all()
+    assert both.sequences.num_rows == BATCHES
+    assert both.accuracy() == single.accuracy()
+
+
+@pytest.mark.distributed
+def test_ranks_said_to_see_the_same_tokens_that_did_not_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="ranks 0 and 1 are said to see the same tokens"):
+        torchrun("torn", tmp_path / "t")
