@@ -1,4 +1,4 @@
-"""Coverage of the 95 % intervals: how often they hold the truth, by simulation. For docs/concepts.md.
+"""Coverage of the 95 % intervals: how often they hold the truth, simulated (docs/concepts.md).
 
     python benchmarks/coverage.py [--repeats 400] [--only max_vio]
 
@@ -43,7 +43,7 @@ TOKENS = 800
 
 
 def truth(kind: str, experts: int) -> np.ndarray:
-    """A distribution over experts: log-normal of spread 0.15 or 0.8, or one expert at four times."""
+    """A distribution over experts: log-normal of spread 0.15 or 0.8, or one at four times."""
     rng = np.random.default_rng(experts)
     if kind == "one hot":
         p = np.ones(experts)

@@ -42,7 +42,9 @@ def lm_eval_tasks(questions: QuestionSet, shots: int) -> dict[str, Any]:
         own = yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text())
         own = {k: v for k, v in own.items() if k not in ("include", "tag", "dataset_name")}
         data = _datasets(questions, subject)
-        config = template | own | {"num_fewshot": shots, "custom_dataset": lambda data=data, **_: data}
+        config = (
+            template | own | {"num_fewshot": shots, "custom_dataset": lambda data=data, **_: data}
+        )
         tasks[own["task"]] = ConfigurableTask(config=config)
     return tasks
 
@@ -107,12 +109,16 @@ def _timed(function: Any, *args: Any) -> tuple[float, Any]:
 def _record(model: Any, tokenizer: Any, questions: QuestionSet, options: argparse.Namespace) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         with equipoise.record(model, Path(folder) / "run.trace", level="ids") as recorder:
-            return run_mmlu(model, tokenizer, recorder, questions, options.shots, options.batch_size)
+            return run_mmlu(
+                model, tokenizer, recorder, questions, options.shots, options.batch_size
+            )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     subjects = options.subjects.split(",") if options.subjects else None
-    questions = load_questions(options.data, subjects=subjects, limit=options.limit, shots=options.shots)
+    questions = load_questions(
+        options.data, subjects=subjects, limit=options.limit, shots=options.shots
+    )
     loaded = load_model("demo" if options.model == "random" else options.model)
     model, tokenizer = loaded.model, loaded.tokenizer
     if options.model == "random":
@@ -173,7 +179,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     result = measure(options)
     rate = result["questions_per_second"]
-    print(f"{result['questions']} questions, {options.shots} shots, batches of {options.batch_size}")
+    print(
+        f"{result['questions']} questions, {options.shots} shots, batches of {options.batch_size}"
+    )
     print(f"lm-evaluation-harness  {rate['lm_eval']:8.2f} questions/s")
     print(f"equipoise, recording   {rate['equipoise']:8.2f} questions/s")
     print(f"ratio                  {result['ratio']:8.2f}   (repeats {result['ratios']})")

@@ -67,7 +67,9 @@ def expert_weights(block: nn.Module, num_experts: int) -> list[Callable[[int], T
             rows = parameter.data.view(num_experts, -1, parameter.shape[1])
             found.append(lambda e, p=rows: p[e])
         elif ".expert_0." in f".{name}" and parameter.ndim == 2:
-            found.append(lambda e, n=name: block.get_parameter(n.replace("expert_0", f"expert_{e}")).data)
+            found.append(
+                lambda e, n=name: block.get_parameter(n.replace("expert_0", f"expert_{e}")).data
+            )
     return found
 
 

@@ -6,15 +6,20 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from equipoise.models import RouterSite, valid_tokens
+from equipoise.routing import NO_EXPERT, Routing
 
 SPEC = json.loads((Path(__file__).parents[1] / "data" / "tiny_moe_configs.json").read_text())
 LAYERS = 4
@@ -52,10 +57,10 @@ def _routing_node(node: ast.AST) -> bool:
     return False
 
 
-def model_class(arch: str) -> Any:
+def model_class(arch: str, cls: str | None = None) -> Any:
     """The class tested for an architecture: as listed, else its causal language model."""
     module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
-    named = SPEC["per_architecture"].get(arch, {}).get("cls")
+    named = cls or SPEC["per_architecture"].get(arch, {}).get("cls")
     if named:
         return getattr(module, named)
     return next(getattr(module, n) for n in module.__all__ if n.endswith("ForCausalLM"))
@@ -75,14 +80,65 @@ def tiny_values(config_class: Any) -> dict[str, Any]:
     return values
 
 
-def build(arch: str, **extra: Any) -> nn.Module:
+def build(arch: str, cls: str | None = None, **extra: Any) -> Any:
     """A tiny model in evaluation mode; skips the test where transformers lacks the architecture."""
     if arch not in architectures():
         pytest.skip(f"this transformers has no {arch}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    cls = model_class(arch)
-    given = SPEC["per_architecture"].get(arch, {}).get("kw", {})
-    config = cls.config_class(**{**tiny_values(cls.config_class), **given, **extra})
+    made = model_class(arch, cls)
+    given = SPEC["per_architecture"].get(arch, {}).get("kw", {}) if cls is None else {}
+    config = made.config_class(**{**tiny_values(made.config_class), **given, **extra})
     torch.manual_seed(0)
-    model: nn.Module = cls(config).eval()
-    return model
+    return made(config).eval()
+
+
+def randomise_routing(model: nn.Module) -> None:
+    """Selection biases U(-0.5, 0.5), hash tables of random distinct experts."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        last = name.rpartition(".")[2]
+        if re.search(r"correction_bias|expert_bias|balancing_bias", last):
+            tensor.data.uniform_(-0.5, 0.5, generator=generator)
+        elif last == "tid2eid":
+            draw = torch.rand(len(tensor), 8, generator=generator)
+            tensor.data.copy_(draw.argsort(-1)[:, : tensor.shape[1]])
+
+
+def inputs_for(model: nn.Module) -> dict[str, Any]:
+    """Random tokens, the first row padded on the left."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 250, SHAPE, generator=generator)
+    mask = torch.ones(SHAPE, dtype=torch.long)
+    mask[0, :PADS] = 0
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
+        given["use_cache"] = False
+    if "decoder_input_ids" in accepted:
+        given["decoder_input_ids"] = ids.flip(1)
+    if type(model).__name__ == "Ernie4_5_VLMoeTextModel":
+        given["moe_mm_token_type_ids"] = (torch.rand(SHAPE, generator=generator) < 0.4).int()
+    return given
+
+
+@torch.no_grad()
+def record(model: nn.Module, sites: list[RouterSite], **inputs: Any) -> list[Routing]:
+    """The Routing of each site in one forward pass, in the order of the sites."""
+    heard: dict[str, Routing] = {}
+    handles = [
+        site.observe(lambda routing: heard.update({routing.path: routing})) for site in sites
+    ]
+    try:
+        with valid_tokens(inputs.get("attention_mask")):
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [heard[site.path] for site in sites]
+
+
+def selected_TE(routing: Routing, num_experts: int) -> Tensor:
+    """True where a recorded id says that expert e was selected for token t: bool [T, E]."""
+    ids = routing.expert_ids_TK.long()
+    chosen = torch.zeros(len(ids), num_experts + 1, dtype=torch.bool)
+    return chosen.scatter_(1, ids.masked_fill(ids == NO_EXPERT, num_experts), True)[:, :-1]

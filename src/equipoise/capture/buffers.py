@@ -21,7 +21,9 @@ _FIRST_SIZE = 1 << 20
 class Describes(Protocol):
     """Says what the rows of a pass are: a runner's `Batch`, or what was `Inferred`."""
 
-    sequences: Sequence[Sequence_]
+    @property
+    def sequences(self) -> Sequence[Sequence_]:
+        """The sequence of each row of the batch."""
 
     def rows(self, shape: tuple[int, int]) -> RowInfo:
         """The rows of a pass of `shape` [B, S]."""
@@ -165,7 +167,7 @@ def _send(source: Memory, target: Memory) -> list[Tensor]:
 
 def _event(device: torch.device) -> Any:
     if device.type == "cuda":
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
     module = getattr(torch, device.type, None)

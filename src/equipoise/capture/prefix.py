@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUNDING = 1e-3  # float64 too: parts of many models compute in float32 whatever their dtype
 _ROUNDING_HALF = 0.1
 
 
@@ -76,4 +76,4 @@ def difference(logits: Tensor, reference: Tensor) -> float:
 
 def allowed_difference(logits: Tensor) -> float:
     """What rounding may do to `difference` in the logits' dtype."""
-    return _ROUNDING.get(logits.dtype, _ROUNDING_HALF)
+    return _ROUNDING_HALF if logits.element_size() < 4 else _ROUNDING

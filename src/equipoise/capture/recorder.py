@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from equipoise.trace.files import Lock, PartWriter, prepare_folder
 from equipoise.trace.merge import open_trace, read_manifests
 from equipoise.trace.schema import LEVELS, WINDOW_TOKENS, Layer, Manifest, name_layers
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _RESULTS = ("answer", "choice", "correct", "loglikelihoods")
 
 
@@ -96,6 +97,11 @@ def record(
     return Recorder(
         model, sites, Path(path), level, every, force, resume, meta or {}, window_tokens, ranks
     )
+
+
+def _eager(function: _F) -> _F:
+    """Keep a hook out of compiled graphs: it does its work in Python, at run time."""
+    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class Recorder:
@@ -333,7 +339,7 @@ class Recorder:
         self._handles = []
         self._pass = None
 
-    @torch.compiler.disable
+    @_eager
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _recomputing():
             return
@@ -400,7 +406,7 @@ class Recorder:
             self._staging[device] = Staging(device)
         return self._staging[device].block(rows, top_k, floats)
 
-    @torch.compiler.disable
+    @_eager
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _recomputing() or self._depth == 0:
             return

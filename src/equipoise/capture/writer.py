@@ -197,6 +197,7 @@ def _empty_rows(count: int, layers: Sequence[Layer], full: bool) -> Rows:
 def sequences_batch(sequences: Sequence[Sequence_]) -> pa.RecordBatch:
     """Sequences as a record batch of SEQUENCES_SCHEMA."""
     columns = []
+    values: list[Any]
     for column in SEQUENCES_SCHEMA:
         if column.name == "sequence":
             values = [s.number for s in sequences]

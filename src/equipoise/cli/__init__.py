@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -25,10 +24,10 @@ from equipoise.errors import EquipoiseError, nearest
 class _Commands(TyperGroup):
     """Commands in the order of a user's work; an unknown one names the nearest."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.commands:
             allowed = ", ".join(self.commands)
@@ -69,33 +68,33 @@ def _options(
     pass
 
 
+_USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""The parser's own errors: typer carries its own copy of click, and shows them only so."""
+
+
 def main() -> None:
     """Run the command line; errors that a user can mend are one line."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except EquipoiseError as error:
         if debug:
             raise
         _fail(str(error), 2)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "), 2)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe left, which is its right
         sys.exit(0)
     except Exception as error:
+        if isinstance(error, _USAGE):
+            _fail(" ".join(error.format_message().split()) + " Try --help.", 2)
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> None:

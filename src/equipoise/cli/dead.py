@@ -59,7 +59,7 @@ def dead(
     elif csv:
         print(export.dead_csv(rows), end="")
     else:
-        console().print(terminal.dead_table(rows, everything=everything))
+        console().print(terminal.dead_table(rows, every=everything))
         say(f"Next: equipoise report {path}")
     if check and any(row["verdict"] == "dead" for row in rows["experts"]):
         raise typer.Exit(1)

@@ -31,12 +31,24 @@ def info(
     if json:
         print_json(facts)
     else:
+        from equipoise.report.facts import facts as listed
         from equipoise.report.terminal import info_table
 
-        console().print(info_table(facts))
+        rows = [*listed(trace), ("size", size_of(path))]
+        if verify:
+            rows.append(("verified", _said(facts["verified"])))
+        console().print(info_table(rows))
     if verify and facts["verified"]["differences"]:
         say("The stored rows do not give the stored counts: the trace was damaged or changed.")
         raise typer.Exit(1)
+
+
+def _said(found: dict[str, Any]) -> str:
+    if not found["checked"]:
+        return f"not possible: {found['reason']}"
+    return (
+        f"{found['selections']:,} selections counted again, {found['differences']:,} cells differ"
+    )
 
 
 def describe(trace: Trace) -> dict[str, Any]:

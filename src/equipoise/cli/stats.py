@@ -61,21 +61,23 @@ def stats(
 
     rows: Any
     if layer is not None:
-        rows = diagnose.layer_rows(trace, layer, intervals=intervals)
-        table, flat = terminal.experts_table, export.experts_csv
+        experts = diagnose.layer_rows(trace, layer, intervals=intervals)
+        rows, table = experts, terminal.experts_table(experts)
+        flat = export.to_csv(experts)
     elif by is not None:
-        rows = diagnose.stats_by(trace, by, intervals=intervals)
-        table, flat = terminal.by_table, export.by_csv
+        groups = diagnose.stats_by(trace, by, intervals=intervals)
+        rows, table = groups, terminal.by_table(groups, by)
+        flat = export.by_csv(groups, by)
     else:
-        rows = diagnose.stats(trace, intervals=intervals)
-        table, flat = terminal.layers_table, export.stats_csv
+        found = diagnose.stats(trace, intervals=intervals)
+        rows, table, flat = found, terminal.layers_table(found), export.stats_csv(found)
     if json:
         print_json(rows)
     elif csv:
-        print(flat(rows), end="")
+        print(flat, end="")
     else:
         screen = console()
-        screen.print(table(rows))
+        screen.print(table)
         if layer is None and by is None and rows["accuracy"]:
             screen.print(terminal.accuracy_line(rows["accuracy"]))
         say(f"Next: equipoise dead {path}, or equipoise report {path}")

@@ -149,7 +149,7 @@ def trace(
                 loaded.model,
                 loaded.tokenizer,
                 recorder,
-                documents,
+                documents or [],
                 batch_size,
                 max_length=max_length,
                 progress=progress,

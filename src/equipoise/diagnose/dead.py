@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.diagnose.evidence import Evidence, LayerEvidence, gather
-from equipoise.diagnose.stats import idle_run, plain, share_bounds
+from equipoise.diagnose.stats import idle_run, plain
 from equipoise.errors import EquipoiseError
 from equipoise.metrics import bounds, load
 from equipoise.trace import Trace
@@ -105,7 +105,7 @@ def _examined(trace: Trace, index: int, evidence: Evidence) -> _Layer:
     layer, here = trace.layers[index], evidence.layers[index]
     counts_E = trace.counts_LE[index, : layer.experts]
     tokens = int(trace.tokens_L[index])
-    _, high_E = share_bounds(here, counts_E, tokens)
+    _, high_E = here.share_intervals
     trials_E = effective_trials(here, tokens)
     upper_E = bounds.upper_bound(counts_E * trials_E / max(tokens, 1), trials_E) / layer.top_k
     runs = [

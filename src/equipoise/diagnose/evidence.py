@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from equipoise.metrics.accumulate import LayerTally
 from equipoise.metrics.blocks import MAX_BLOCKS, MIN_BLOCKS, deal, span_length
 from equipoise.metrics.counting import count_grouped
-from equipoise.metrics.intervals import DesignEffect, design_effect
+from equipoise.metrics.intervals import DesignEffect, design_effect, share_intervals
 from equipoise.trace import Trace
 
 Counts = NDArray[np.int64]
@@ -39,10 +39,15 @@ class LayerEvidence:
     """None unless every counted token has its row."""
     current_idle_E: Counts | None = None
 
-    @property
+    @cached_property
     def effect(self) -> DesignEffect:
         """How far the layer's tokens are from independent."""
         return design_effect(self.counts_BE, self.tokens_B, self.top_k)
+
+    @property
+    def share_intervals(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Lower and upper 95 % bound of every expert's share, [E]; nan with too few blocks."""
+        return share_intervals(self.counts_BE, self.tokens_B, self.top_k)
 
     @property
     def blocks(self) -> int:

@@ -142,13 +142,14 @@ def _of_unrouted(layers: Sequence[Row]) -> Iterator[Finding]:
 def _of_experts(verdicts: Row, layers: int) -> Iterator[Finding]:
     gone, cold = _experts(verdicts, "dead"), _experts(verdicts, "cold")
     special, idle = _experts(verdicts, "specialist"), _experts(verdicts, "idle")
-    total = len(verdicts["experts"])
+    total = f"{len(verdicts['experts']):,}"
     if gone:
         yield Finding(
             "dead",
             "warning",
-            f"{_many(gone)} of {total:,} in {_in_layers(gone)} of {layers} layers are dead: never"
-            f" selected, and less than {verdicts['dead_threshold']:.0%} of a fair share at most.",
+            f"{_many(gone)} of {total} in {_in_layers(gone)} of {layers} layers {_are(gone)} dead:"
+            " never selected, and their true share is below"
+            f" {verdicts['dead_threshold']:.0%} of a fair one.",
             experts=gone,
             value=len(gone),
             threshold=verdicts["dead_threshold"],
@@ -158,8 +159,8 @@ def _of_experts(verdicts: Row, layers: int) -> Iterator[Finding]:
         yield Finding(
             "cold",
             "warning",
-            f"{_many(cold)} of {total:,} in {_in_layers(cold)} of {layers} layers are cold: below"
-            f" {verdicts['cold_threshold']:.0%} of a fair share.",
+            f"{_many(cold)} of {total} in {_in_layers(cold)} of {layers} layers {_are(cold)} cold:"
+            f" below {verdicts['cold_threshold']:.0%} of a fair share.",
             experts=cold,
             value=len(cold),
             threshold=verdicts["cold_threshold"],
@@ -169,7 +170,7 @@ def _of_experts(verdicts: Row, layers: int) -> Iterator[Finding]:
         yield Finding(
             "specialist",
             "note",
-            f"{_many(special)} are hardly used overall, but serve some subject or domain.",
+            f"{_many(special)} {_are(special)} cold overall, but not in some subject or domain.",
             experts=special,
             value=len(special),
             advice="equipoise dead --json names the subjects.",
@@ -179,7 +180,7 @@ def _of_experts(verdicts: Row, layers: int) -> Iterator[Finding]:
             "idle",
             "note",
             f"{_many(idle)} went {verdicts['idle_threshold']:,} tokens or more without a selection,"
-            " though they are not cold.",
+            " though not cold over the whole run.",
             experts=idle,
             value=len(idle),
             threshold=verdicts["idle_threshold"],
@@ -241,6 +242,10 @@ def _is_untold(row: Row) -> bool:
 
 def _many(experts: Sequence[Any]) -> str:
     return f"{len(experts):,} expert{'' if len(experts) == 1 else 's'}"
+
+
+def _are(experts: Sequence[Any]) -> str:
+    return "is" if len(experts) == 1 else "are"
 
 
 def _in_layers(experts: Sequence[tuple[int, int]]) -> int:

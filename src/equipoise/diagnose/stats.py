@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from equipoise.diagnose.evidence import Evidence, LayerEvidence, full_windows, gather, gather_by
 from equipoise.errors import EquipoiseError, nearest
-from equipoise.metrics import bounds, load
+from equipoise.metrics import load
 from equipoise.metrics.blocks import MIN_BLOCKS
 from equipoise.metrics.floors import Floor, floor
 from equipoise.metrics.intervals import RESAMPLES, layer_intervals
@@ -77,7 +77,7 @@ def _expert_rows(
     unknown_E = np.full(layer.experts, np.nan)
     low_E, high_E = unknown_E, unknown_E
     if evidence is not None:
-        low_E, high_E = share_bounds(evidence, counts_E, tokens)
+        low_E, high_E = evidence.share_intervals
     longest_E = evidence.longest_idle_E if evidence else None
     ascending = np.argsort(counts_E, kind="stable")
     return [
@@ -96,17 +96,6 @@ def _expert_rows(
         }
         for rank, e in enumerate(ascending, 1)
     ]
-
-
-def share_bounds(
-    evidence: LayerEvidence, counts_E: NDArray[np.int64], tokens: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Exact 95 % interval of every expert's share, on effective tokens; nan where unknown."""
-    trials_E = evidence.effect.trials(tokens, evidence.blocks)
-    low_E, high_E = bounds.two_sided(counts_E * trials_E / max(tokens, 1), trials_E)
-    unknown_E = np.isnan(trials_E)
-    k = evidence.top_k
-    return np.where(unknown_E, np.nan, low_E / k), np.where(unknown_E, np.nan, high_E / k)
 
 
 def idle_run(

@@ -15,10 +15,17 @@ from equipoise.metrics._compile import kernel
 
 
 @kernel
-def count_words8(words: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> None:
+def count_bytes(words: Any, edges: Any, out_E: Any) -> bool:
+    """Add one-byte ids to out_E [E]; False, and out_E as it was, where one of them is impossible.
+
+    `words` holds eight ids each, `edges` those before and behind that fill no word.
+    """
     # One load brings eight ids. Neighbours go to different tables, because two additions in a row
-    # to the same address have to wait for each other.
+    # to the same address have to wait for each other; and a table has an entry for every value of
+    # the type, so that nothing can overflow and the range is checked once, at the end.
     low, one = uint64(255), uint64(1)
+    tables = np.zeros((4, 256), np.uint64)
+    b0, b1, b2, b3 = tables[0], tables[1], tables[2], tables[3]
     for i in range(words.size):
         w = words[i]
         b0[w & low] += one
@@ -29,6 +36,14 @@ def count_words8(words: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> None:
         b1[(w >> uint64(40)) & low] += one
         b2[(w >> uint64(48)) & low] += one
         b3[w >> uint64(56)] += one
+    for i in range(edges.size):
+        b0[edges[i]] += one
+    for e in range(out_E.size, 255):
+        if b0[e] + b1[e] + b2[e] + b3[e] > 0:
+            return False
+    for e in range(out_E.size):
+        out_E[e] += np.int64(b0[e] + b1[e] + b2[e] + b3[e])
+    return True
 
 
 @kernel

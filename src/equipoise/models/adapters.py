@@ -22,10 +22,11 @@ from equipoise.models.sites import RouterSite
 from equipoise.models.taps import Observer
 from equipoise.routing import NO_EXPERT
 
-Adapter = Callable[[Scan, str, nn.Module], RouterSite]
+Adapter = Callable[[Scan, str, Any], RouterSite]
 
-def llama4(scan: Scan, path: str, router: nn.Module) -> RouterSite:
-    """Experts run on all tokens, scaled by 0 where not selected; the router knows which those are."""
+
+def llama4(scan: Scan, path: str, router: Any) -> RouterSite:
+    """All experts run on all tokens, scaled by 0 where not selected; the router knows which."""
     top_k = int(router.top_k)
 
     def install(hear: Observer) -> list[RemovableHandle]:
@@ -39,7 +40,7 @@ def llama4(scan: Scan, path: str, router: nn.Module) -> RouterSite:
     return experts.describe_site(scan, path, module=router, router=router, ears=install)
 
 
-def jetmoe(scan: Scan, path: str, router: nn.Module) -> RouterSite:
+def jetmoe(scan: Scan, path: str, router: Any) -> RouterSite:
     """Two routers in a layer, for attention and feed-forward; each gives its dispatch order."""
     num_experts, top_k = int(router.num_experts), int(router.top_k)
 
@@ -58,7 +59,7 @@ def jetmoe(scan: Scan, path: str, router: nn.Module) -> RouterSite:
     return experts.describe_site(scan, path, module=router, router=router, ears=install)
 
 
-def doge(scan: Scan, path: str, block: nn.Module) -> RouterSite:
+def doge(scan: Scan, path: str, block: Any) -> RouterSite:
     """Product keys: an expert is a pair of keys, heard where its embedding row is looked up."""
     num_keys = int(block.num_keys)
 
@@ -70,7 +71,9 @@ def doge(scan: Scan, path: str, block: nn.Module) -> RouterSite:
 
         def at_block(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
             ids, logits_2TN = heard.pop(), output[1]
-            scores = logits_2TN[0].gather(1, ids // num_keys) + logits_2TN[1].gather(1, ids % num_keys)
+            scores = logits_2TN[0].gather(1, ids // num_keys) + logits_2TN[1].gather(
+                1, ids % num_keys
+            )
             weights = torch.softmax(scores, dim=-1)
             if block.norm_topk_prob:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -83,7 +86,7 @@ def doge(scan: Scan, path: str, block: nn.Module) -> RouterSite:
     return replace(site, shared_experts=1)
 
 
-def switch(scan: Scan, path: str, module: nn.Module) -> RouterSite:
+def switch(scan: Scan, path: str, module: Any) -> RouterSite:
     """One expert a token, as a one-hot row, all zero where the expert's capacity was used up."""
     router = scan.router_beside(path)
     num_experts = int(module.num_experts)
@@ -97,7 +100,7 @@ def switch(scan: Scan, path: str, module: nn.Module) -> RouterSite:
     return experts.describe_site(scan, path, module=module, router=router, ears=ears, top_k=1)
 
 
-def zaya(scan: Scan, path: str, module: nn.Module) -> RouterSite:
+def zaya(scan: Scan, path: str, module: Any) -> RouterSite:
     """The router may choose to skip; the model then passes expert 0 with weight 0."""
 
     def skipped(ids: Tensor, weights: Tensor | None) -> Tensor:
@@ -108,7 +111,7 @@ def zaya(scan: Scan, path: str, module: nn.Module) -> RouterSite:
     return replace(site, interpret=skipped)
 
 
-def longcat_flash(scan: Scan, path: str, module: nn.Module) -> RouterSite:
+def longcat_flash(scan: Scan, path: str, module: Any) -> RouterSite:
     """Ids from the number of routed experts up are zero experts, which return their input."""
     num_experts = int(module.num_routed_experts)
 

@@ -1,4 +1,4 @@
-"""What a transformers config says about experts; configs are objects, or dicts as in config.json."""
+"""What a transformers config says about experts; a config is an object, or a dict of its JSON."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def value(config: Any, *names: str) -> Any:
 def count(config: Any, *names: str) -> int | None:
     """`value` as an integer, the largest where it is a list with one number per kind."""
     found = value(config, *names)
-    if isinstance(found, (list, tuple)) and found and all(isinstance(n, int) for n in found):
+    if isinstance(found, list | tuple) and found and all(isinstance(n, int) for n in found):
         return int(max(found))
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
@@ -50,9 +50,8 @@ def parts(config: Any) -> Iterator[Any]:
     yield config
     inner = config if isinstance(config, Mapping) else vars(config)
     for name, part in inner.items():
-        if name.endswith("_config") and part is not None and not isinstance(part, (str, bytes)):
-            if isinstance(part, Mapping) or hasattr(part, "to_dict"):
-                yield from parts(part)
+        if name.endswith("_config") and (isinstance(part, Mapping) or hasattr(part, "to_dict")):
+            yield from parts(part)
 
 
 def has_experts(config: Any) -> bool:
@@ -73,9 +72,25 @@ def moe_layers(config: Any) -> frozenset[int] | None:
     if total is None:
         return None
     kinds = value(config, "mlp_layer_types")
-    if isinstance(kinds, (list, tuple)):
+    if isinstance(kinds, list | tuple):
         return frozenset(i for i, kind in enumerate(kinds[:total]) if kind != "dense")
+    blocks = value(config, "layers_block_type")
+    if isinstance(blocks, list | tuple) and "moe" in blocks:
+        return frozenset(i for i, kind in enumerate(blocks) if kind == "moe")
     listed = value(config, "moe_layers")
-    if isinstance(listed, (list, tuple)):
+    if isinstance(listed, list | tuple):
         return frozenset(int(i) for i in listed)
+    return _by_rule(config, total)
+
+
+def _by_rule(config: Any, total: int) -> frozenset[int] | None:
+    only, step = value(config, "mlp_only_layers"), count(config, "decoder_sparse_step")
+    if isinstance(only, list | tuple) and step:
+        return frozenset(i for i in range(total) if i not in only and (i + 1) % step == 0)
+    period, offset = count(config, "expert_layer_period"), count(config, "expert_layer_offset")
+    if period and offset is not None:
+        return frozenset(i for i in range(total) if i % period == offset)
+    first = count(config, "first_k_dense_replace")
+    if first is not None and value(config, "moe_layer_freq") in (None, 1):
+        return frozenset(range(first, total))
     return None

@@ -21,8 +21,8 @@ def check(scan: Scan, sites: list[RouterSite]) -> None:
     heard = {site.path for site in sites}
     if len(heard) != len(sites):
         raise RoutingError(
-            f"{scan.family}: {len(sites)} routers at {len(heard)} different paths; sites have to be "
-            "told apart by path. Please report this model."
+            f"{scan.family}: {len(sites)} routers at {len(heard)} different paths; sites have to "
+            "be told apart by path. Please report this model."
         )
     silent = [path for path in holders(scan) if not _covered(path, heard)]
     if silent:
@@ -58,28 +58,27 @@ def _holds_experts(scan: Scan, path: str, module: nn.Module) -> bool:
 
 
 def _covered(path: str, heard: set[str]) -> bool:
-    return any(path == site or path.startswith(site + ".") or site.startswith(path + ".") for site in heard)
+    return any(
+        path == site or path.startswith(site + ".") or site.startswith(path + ".") for site in heard
+    )
 
 
 def _check_layers(scan: Scan, sites: list[RouterSite]) -> None:
-    # One config may describe one stack only; where it lists its MoE layers, all have to be heard.
-    seen: dict[int, set[int]] = {}
-    owner: dict[int, Any] = {}
-    for path, module in scan.modules.items():
-        config = getattr(module, "config", None)
-        if config is not None and configs.has_experts(config):
-            owner[id(config)] = config
-    for site in sites:
-        seen.setdefault(id(scan.config_of(site.path)), set()).add(site.layer)
-    for key, config in owner.items():
-        wanted = configs.moe_layers(config)
-        if wanted is None or key not in seen:
-            continue
-        missing = sorted(wanted - seen[key])
+    # Each stack has its own config; where that says which layers are MoE, all have to be heard.
+    stacks = {site.stack: scan.config_of(site.path) for site in sites}
+    for stack, config in stacks.items():
+        wanted = {
+            layer
+            for layer in configs.moe_layers(config) or ()
+            if f"{stack}.{layer}" in scan.modules
+        }
+        heard = {site.layer for site in sites if site.stack == stack}
+        missing = sorted(wanted - heard)
         if missing:
             raise RoutingError(
-                f"{scan.family}: {len(wanted & seen[key])} of {len(wanted)} configured MoE layers "
-                f"have a router site; none was found in layers {_some(missing)}."
+                f"{scan.family}: {len(wanted & heard)} of {len(wanted)} MoE layers configured in "
+                f"{stack} have a router site; none was found in layers {_some(missing)}. Their "
+                "blocks were replaced by something that Equipoise cannot hear."
             )
 
 
@@ -92,13 +91,21 @@ def _refuse_bypass(scan: Scan, sites: list[RouterSite]) -> None:
                 "hears. Load the model dequantised: from_pretrained(..., "
                 "quantization_config=Mxfp4Config(dequantize=True))."
             )
-        replaced = vars(block).get("forward") if block is not None else None
-        if isinstance(replaced, MethodType) and not hasattr(block, "_hf_hook"):
+        kernel = _replacement(block) if block is not None and block is not experts else None
+        if kernel is not None:
             raise RoutingError(
                 f"{site.path}: the forward of {type(block).__name__} was replaced by the kernel "
-                f"{replaced.__func__.__qualname__}, which bypasses the router. Load the model with "
-                "use_kernels=False."
+                f"{kernel}, which bypasses the router. Load the model with use_kernels=False."
             )
+
+
+def _replacement(block: nn.Module) -> str | None:
+    # The kernels library binds another class's forward to the instance; accelerate keeps the old.
+    inside = vars(block)
+    forward = inside.get("_old_forward", inside.get("forward"))
+    if isinstance(forward, MethodType) and forward.__func__ is not type(block).forward:
+        return str(forward.__func__.__qualname__)
+    return None
 
 
 def _configured(config: Any) -> str:

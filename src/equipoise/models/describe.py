@@ -43,7 +43,10 @@ def num_experts(experts: nn.Module, config: Any, path: str) -> int:
     held = leading_dimensions(experts)
     found = stated or configured or next(iter(held), None)
     if found is None:
-        raise RoutingError(f"{path}: neither the config nor {type(experts).__name__} says how many experts there are.")
+        raise RoutingError(
+            f"{path}: neither the config nor {type(experts).__name__} says how many experts "
+            "there are. Please report this model."
+        )
     if held and found not in held:
         raise RoutingError(
             f"{path}: weights for {sorted(held)} experts are there, but {found} are configured. "
@@ -56,7 +59,10 @@ def top_k(modules: list[nn.Module], config: Any, path: str) -> int:
     """Experts selected for each token, from the router, its block or the config."""
     found = _attribute(modules, _TOP_K_NAMES) or configs.count(config, *configs.TOP_K_KEYS)
     if found is None:
-        raise RoutingError(f"{path}: neither the config nor the router says how many experts a token gets.")
+        raise RoutingError(
+            f"{path}: neither the config nor the router says how many experts a token gets. "
+            "Please report this model."
+        )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,10 +21,24 @@ _WEIGHTS = ("top_k_weights", "routing_weights")
 
 def argument_names(module: nn.Module) -> tuple[str, str] | None:
     """Names under which a module's forward takes expert ids and weights, if it takes both."""
-    names = inspect.signature(type(module).forward).parameters
+    names = forward_arguments(module)
     ids = next((name for name in _IDS if name in names), None)
     weights = next((name for name in _WEIGHTS if name in names), None)
     return (ids, weights) if ids and weights else None
+
+
+def forward_arguments(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, without self, as its class declares them."""
+    kind: Any = type(module)
+    return _forward_arguments(kind)
+
+
+@cache
+def _forward_arguments(kind: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(kind.forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return ()
 
 
 def block_path(scan: Scan, path: str) -> str:
@@ -81,7 +96,7 @@ def ears(
 
     `arguments` names what forward calls ids and weights; `read` makes ids of something else.
     """
-    names = list(inspect.signature(type(experts).forward).parameters)[1:]
+    names = forward_arguments(experts)
     ids_name, weights_name = arguments or argument_names(experts) or ("", "")
     ids_at, weights_at = names.index(ids_name), names.index(weights_name)
 

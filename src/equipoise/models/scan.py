@@ -20,7 +20,9 @@ class Scan:
         # The inner module comes after its wrapper and takes its path.
         self.modules = {clean(path): module for path, module in model.named_modules()}
         self.config: Any = getattr(self.modules[""], "config", None)
-        self.family = str(getattr(self.config, "model_type", None) or type(self.modules[""]).__name__)
+        self.family = str(
+            getattr(self.config, "model_type", None) or type(self.modules[""]).__name__
+        )
         self.router_classes = _declared_routers(self.modules)
 
     def parent(self, path: str) -> tuple[str, nn.Module]:

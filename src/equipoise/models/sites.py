@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -17,7 +18,7 @@ from equipoise.routing import NO_EXPERT, Routing
 Interpreter = Callable[[Tensor, Tensor | None], Tensor]
 """From ids and weights as the model passes them to ids in which NO_EXPERT stands for no expert."""
 
-_valid_T: Tensor | None = None
+_VALID_T: ContextVar[Tensor | None] = ContextVar("valid_T", default=None)
 
 
 @contextmanager
@@ -27,17 +28,15 @@ def valid_tokens(mask_BS: Tensor | None) -> Iterator[None]:
     A site takes the mask, flattened, where it has as many elements as the site has rows;
     elsewhere (a vision tower, a decoding step) every row counts as a token.
     """
-    global _valid_T
-    before = _valid_T
-    _valid_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+    token = _VALID_T.set(None if mask_BS is None else mask_BS.reshape(-1).bool())
     try:
         yield
     finally:
-        _valid_T = before
+        _VALID_T.reset(token)
 
 
 class Handle:
-    """An observation that can be ended, by `remove()` or as a context manager; ending twice is fine."""
+    """An observation, to be ended by `remove()` or as a context manager; ending twice is fine."""
 
     def __init__(self, tap: Tap, observer: Observer) -> None:
         self._tap, self._observer = tap, observer
@@ -116,7 +115,9 @@ class RouterSite:
             scores = scores if len(scores) == len(ids) else None
         if self.interpret is not None:
             ids = self.interpret(ids, weights)
-        valid_T = _valid_T if _valid_T is not None and _valid_T.numel() == len(ids) else None
+        valid_T = _VALID_T.get()
+        if valid_T is not None and len(valid_T) != len(ids):
+            valid_T = None
         return Routing(self.layer, self.path, ids, weights, scores, valid_T)
 
     def _check_ids(self, ids_TK: Tensor) -> None:

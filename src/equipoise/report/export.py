@@ -33,11 +33,21 @@ def to_csv(rows: Iterable[Row]) -> str:
 
 def stats_csv(stats: Row) -> str:
     """`stats` as CSV, one row per layer, without its lists of every expert."""
-    heavy = ("counts", "least_used")
-    rows = [{k: v for k, v in row.items() if k not in heavy} for row in stats["layers"]]
-    for row, full in zip(rows, stats["layers"], strict=True):
-        row["least_used"] = full["least_used"][:1]
+    return to_csv(_light(row) for row in stats["layers"])
+
+
+def by_csv(groups: Mapping[str, Row], by: str) -> str:
+    """`stats_by` as CSV, one row per group and layer."""
+    rows = []
+    for name, stats in groups.items():
+        rows += [{by: name, **_light(row)} for row in stats["layers"]]
     return to_csv(rows)
+
+
+def _light(row: Row) -> dict[str, Any]:
+    """A layer's row without its lists of every expert; of the least used, the first."""
+    light = {key: value for key, value in row.items() if key != "counts"}
+    return {**light, "least_used": row["least_used"][:1]}
 
 
 def dead_csv(dead: Row) -> str:

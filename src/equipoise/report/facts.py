@@ -12,7 +12,7 @@ Facts = list[tuple[str, str]]
 
 
 def facts(trace: Trace) -> Facts:
-    """Label and value of all that is known about how the trace was made; the unknown is left out."""
+    """Label and value of all that is known of how the trace was made; the unknown is left out."""
     meta = trace.meta
     rows = [
         ("trace", str(trace.path) if trace.path else "in memory"),

@@ -13,7 +13,7 @@ ATTENTION = {"dead": "alarm", "cold": "notice", "specialist": "notice", "idle": 
 
 
 def attention(row: Row) -> str:
-    """ "alarm", "notice" or "" for a row of `dead`; never selected asks for it under any verdict."""
+    """How much a row of `dead` asks for attention, "" if not; never selected always does."""
     level = ATTENTION.get(row["verdict"], "")
     return level or ("notice" if row["count"] == 0 else "")
 
@@ -41,7 +41,7 @@ def stacks(layers: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """The layer of each row as a reader sees it: its number, after its stack where two layers share it.
+    """The layer of each row as a reader sees it: its number, after its stack where numbers repeat.
 
     Rows are of layers or of experts; what tells layers apart is their path.
     """

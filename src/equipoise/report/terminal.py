@@ -40,7 +40,7 @@ DEAD_LEGEND = (
     " selection. Undetermined: too few tokens to tell. True share at most: 95 % bound."
 )
 DIFF_LEGEND = (
-    "JS dist.: Jensen-Shannon distance of the two loads, 0 alike, 1 disjoint; by chance: between two"
+    "JS dist.: Jensen-Shannon distance of the loads, 0 alike, 1 disjoint; by chance: between two"
     " runs of one model on other documents. Least alike: part of the least-used tenth that both"
     " share. Most changed: expert and change of its share."
 )
@@ -295,6 +295,14 @@ def accuracy_table(accuracy: Row | None, by: str = "subject") -> RenderableType:
             words.interval(row.get("interval"), words.percent),
         )
     return table
+
+
+def accuracy_line(accuracy: Row) -> Text:
+    """Accuracy over all questions, in one line."""
+    whole = accuracy["overall"]
+    return Text(
+        f"Accuracy: {words.percent(whole['accuracy'])} of {whole['questions']:,} questions."
+    )
 
 
 def info_table(facts: Iterable[tuple[str, str]]) -> RenderableType:

@@ -176,17 +176,18 @@ def _sequence_table(
     numbers: Array, tokens_S: Array, labels: Mapping[str, Sequence[Any]] | None
 ) -> pa.RecordBatch:
     labels = labels or {}
-    for name, values in labels.items():
+    for name, given in labels.items():
         if name not in _COLUMNS:
             raise EquipoiseError(f"No label {name!r}: allowed are {', '.join(_COLUMNS)}.")
-        if len(values) != len(numbers):
+        if len(given) != len(numbers):
             raise EquipoiseError(
-                f"labels[{name!r}] has {len(values)} values for {len(numbers)} sequences."
+                f"labels[{name!r}] has {len(given)} values for {len(numbers)} sequences."
             )
     columns = []
+    values: Any
     for column in SEQUENCES_SCHEMA:
         if column.name == "sequence":
-            values: Any = numbers
+            values = numbers
         elif column.name == "tokens":
             values = tokens_S.astype(np.int32)
         else:

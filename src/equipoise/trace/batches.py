@@ -44,16 +44,15 @@ class Rows:
         """The rows where `keep_T` is True."""
         if keep_T.all():
             return self
-        pick = lambda arrays: arrays and [array[keep_T] for array in arrays]  # noqa: E731
         return Rows(
             self.sequence_T[keep_T],
             self.position_T[keep_T],
             self.phase_T[keep_T],
             self.role_T[keep_T],
             self.label_T[keep_T],
-            pick(self.ids),
-            pick(self.weights),
-            pick(self.margins),
+            [ids_TK[keep_T] for ids_TK in self.ids],
+            None if self.weights is None else [w_TK[keep_T] for w_TK in self.weights],
+            None if self.margins is None else [m_T[keep_T] for m_T in self.margins],
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,6 @@ from equipoise.trace.schema import (
     counts_schema,
     tokens_schema,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory locks; the folder check still holds
-    fcntl = None  # type: ignore[assignment]
 
 _OURS = re.compile(
     r"(trace(-r\d{5}(-s\d{3})?)?\.json|(counts|sequences)-r\d{5}(-s\d{3})?\.arrow"
@@ -87,10 +83,8 @@ class Lock:
         with clear_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file: TextIO | None = self.path.open("a+")
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _exclude_others(self._file)
         except OSError:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
@@ -109,6 +103,14 @@ class Lock:
             self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
+
+
+def _exclude_others(file: TextIO) -> None:
+    """Lock the file, or raise OSError; on Windows, without such locks, the folder check holds."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class PartWriter:
@@ -203,11 +205,13 @@ class _Totals:
 def list_column(batch: pa.RecordBatch, name: str) -> np.ndarray[Any, Any]:
     """A fixed-size-list column as a 2-D array [rows, list size], without a copy."""
     column = batch.column(name)
-    size = column.type.list_size
-    flat = column.values.to_numpy(zero_copy_only=True)
-    start = column.offset * size
-    result: np.ndarray[Any, Any] = flat[start : start + len(column) * size]
-    return result.reshape(len(column), size)
+    size, rows = column.type.list_size, len(column)
+    dtype = column.type.value_type.to_pandas_dtype()
+    data = column.buffers()[-1]
+    if data is None or not size:
+        return np.empty((rows, size), dtype)
+    offset = column.offset * size * np.dtype(dtype).itemsize
+    return np.frombuffer(data, dtype, rows * size, offset).reshape(rows, size)
 
 
 def list_array(values: np.ndarray[Any, Any], type_: pa.DataType) -> pa.Array:

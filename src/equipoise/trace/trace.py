@@ -392,7 +392,7 @@ class Trace:
         if not where:
             return None
         allowed = {
-            key: np.isin(np.asarray(names, object), list(where[key] & set(names)))
+            key: np.array([name in where[key] for name in names])
             for key, names in (("role", ROLES), ("phase", PHASES))
             if key in where
         }
