@@ -37,7 +37,13 @@ def beside() -> Any:
 
 
 def compare(
-    beside: Any, tmp_path: Path, model: Any, tokenizer: Any, questions: QuestionSet, shots: int
+    beside: Any,
+    tmp_path: Path,
+    model: Any,
+    tokenizer: Any,
+    questions: QuestionSet,
+    shots: int,
+    within: float = 1e-4,
 ) -> Any:
     """Run both; every prompt, likelihood and answer must agree. Returns our run."""
     tasks = beside.lm_eval_tasks(questions, shots)
@@ -56,7 +62,7 @@ def compare(
             assert [context for context, _ in requests] == [prompt] * 4
             assert [letter for _, letter in requests] == [" A", " B", " C", " D"]
             likelihoods = [float(response[0][0]) for response in sample["resps"]]
-            assert row["loglikelihoods"] == pytest.approx(likelihoods, abs=1e-4)
+            assert row["loglikelihoods"] == pytest.approx(likelihoods, abs=within)
             assert row["correct"] == bool(sample["acc"])
             seen += 1
         accuracy = trace.accuracy()["subject"][subject]["accuracy"]
@@ -78,8 +84,10 @@ def test_every_likelihood_agrees_whatever_the_tokenizer(
 def test_every_likelihood_agrees_whatever_the_family(
     beside: Any, tmp_path: Path, family: str, shots: int
 ) -> None:
-    model = make_model(family, torch.float32)
-    compare(beside, tmp_path, model, make_tokenizer("byte_bpe"), make_questions(count=4), shots)
+    model, tokenizer = make_model(family, torch.float32), make_tokenizer("byte_bpe")
+    # Linear attention adds up in chunks, which the prefix cache cuts at other places.
+    within = 1e-3 if family == "qwen3_next" else 1e-4
+    compare(beside, tmp_path, model, tokenizer, make_questions(count=4), shots, within)
 
 
 def test_truncated_prompts_agree(beside: Any, tmp_path: Path) -> None:

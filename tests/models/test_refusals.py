@@ -37,7 +37,7 @@ def test_no_router_although_experts_are_configured() -> None:
     model = build("qwen3_moe")
     for layer in model.model.layers:
         layer.mlp = Opaque()
-    with pytest.raises(EquipoiseError, match="no router found.*8 experts in Qwen3MoeConfig"):
+    with pytest.raises(EquipoiseError, match=r"no router found.*8 experts in Qwen3MoeConfig"):
         discover(model)
 
 

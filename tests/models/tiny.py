@@ -80,6 +80,15 @@ def tiny_values(config_class: Any) -> dict[str, Any]:
     return values
 
 
+def merged(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`extra` over `values`, nested dicts merged where both have one."""
+    out = dict(values)
+    for name, value in extra.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = merged(out[name], value) if both else value
+    return out
+
+
 def build(arch: str, cls: str | None = None, **extra: Any) -> Any:
     """A tiny model in evaluation mode; skips the test where transformers lacks the architecture."""
     if arch not in architectures():
@@ -87,7 +96,8 @@ def build(arch: str, cls: str | None = None, **extra: Any) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = model_class(arch, cls)
     given = SPEC["per_architecture"].get(arch, {}).get("kw", {}) if cls is None else {}
-    config = made.config_class(**{**tiny_values(made.config_class), **given, **extra})
+    values = merged(merged(tiny_values(made.config_class), given), extra)
+    config = made.config_class(**values)
     torch.manual_seed(0)
     return made(config).eval()
 

@@ -79,7 +79,9 @@ def test_csv_of_dead_has_one_row_per_expert(dead: dict[str, Any]) -> None:
 
 
 def test_csv_quotes_what_needs_it_and_leaves_the_unknown_empty() -> None:
-    text = to_csv([{"name": 'a,"b"', "interval": None, "x": None}, {"name": "c", "interval": [1, 2]}])
+    text = to_csv(
+        [{"name": 'a,"b"', "interval": None, "x": None}, {"name": "c", "interval": [1, 2]}]
+    )
     assert list(csv.reader(io.StringIO(text))) == [
         ["name", "interval_low", "interval_high", "x"],
         ['a,"b"', "", "", ""],

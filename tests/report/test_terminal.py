@@ -73,7 +73,9 @@ def test_the_longest_numbers_fit_80_columns_uncut() -> None:
     shown = cells(lines, 99_999)
     assert max(map(len, lines)) <= 80
     assert "".join(lines).isascii()
-    assert shown[1:7] == ["1024", "128", "1000M", "1000", "0.123", "0.123..0.988"] or shown[3:5] == [
+    assert shown[1:7] == ["1024", "128", "1000M", "1000", "0.123", "0.123..0.988"] or shown[
+        3:5
+    ] == [
         "1.00G",
         "1000",
     ]

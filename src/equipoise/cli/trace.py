@@ -96,8 +96,9 @@ def trace(
     _check(output, task, level, force, resume)
     work = _mmlu(data, split, subjects, limit, shots, taxonomy) if task == "mmlu" else None
     documents = _text(data, field, domain_field, limit) if task == "text" else None
-    from equipoise.capture.load import load_model
+    from equipoise.capture.load import find_model, load_model
 
+    find_model(model, revision)
     say(f"Loading {model} ...")
     loaded = load_model(
         model,

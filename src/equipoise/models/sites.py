@@ -104,14 +104,14 @@ class RouterSite:
         return Handle(tap, observer)
 
     def _routing(self, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> Routing:
-        ids = ids.reshape(-1, ids.shape[-1])
+        ids = _rows(ids)
         self._check_ids(ids)
         if weights is not None:
-            weights = weights.reshape(len(ids), -1)
+            weights = _rows(weights)
             if weights.shape != ids.shape:
                 weights = _selected(weights, ids, self)
         if scores is not None:
-            scores = scores.reshape(-1, scores.shape[-1])
+            scores = _rows(scores)
             scores = scores if len(scores) == len(ids) else None
         if self.interpret is not None:
             ids = self.interpret(ids, weights)
@@ -131,6 +131,10 @@ class RouterSite:
                 f"{self.path}: {ids_TK.shape[-1]} experts per token were routed, but the model is "
                 f"configured for {self.top_k}. Load it with a config that agrees with its code."
             )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _selected(weights_TE: Tensor, ids_TK: Tensor, site: RouterSite) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from equipoise.report import words
 from equipoise.report.facts import Facts, facts
 from equipoise.report.rows import as_row, labels
 from equipoise.trace import Trace
@@ -59,7 +60,7 @@ def gather(trace: Trace, *, idle: int | None = None) -> Content:
     verdicts = dead(trace) if idle is None else dead(trace, idle=idle)
     groups, left_out = _groups(trace)
     return Content(
-        name=str(trace.meta.get("model") or (trace.path.name if trace.path else "trace")),
+        name=words.line(trace.meta.get("model") or (trace.path.name if trace.path else "trace")),
         stats=layers,
         labels=labels(layers["layers"]),
         experts=_experts(trace),

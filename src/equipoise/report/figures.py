@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import EquipoiseError
+from equipoise.report import words
 from equipoise.report.content import CHANCE, Content, gather
 
 if TYPE_CHECKING:
@@ -190,7 +191,9 @@ def draw_accuracy(content: Content) -> Any:
         axes.plot([low, high], [place, place], color=colour, lw=1.2, alpha=0.8)
         axes.plot(row["accuracy"], place, "o", ms=4, color=colour)
     axes.axvline(CHANCE, color=SOFT, lw=0.9, ls=(0, (4, 3)))
-    axes.set_yticks(range(len(rows)), labels=[str(row["name"]).replace("_", " ") for row in rows])
+    axes.set_yticks(
+        range(len(rows)), labels=[words.line(row["name"]).replace("_", " ") for row in rows]
+    )
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("normal" if row["kind"] == "subject" else "bold")
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), title=f"Accuracy: {_short(content.name)}")

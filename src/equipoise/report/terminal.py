@@ -83,7 +83,8 @@ def _layers_table(rows: Sequence[Row], title: str | None) -> Table:
     )
     for row in rows:
         never = len(row["never_selected"])
-        table.add_row(
+        _add(
+            table,
             str(row["layer"]),
             str(row["experts"]),
             str(row["top_k"]),
@@ -116,7 +117,8 @@ def experts_table(rows: Sequence[Row]) -> RenderableType:
         left=("load",),
     )
     for row in rows:
-        table.add_row(
+        _add(
+            table,
             str(row["expert"]),
             words.share(row["share"]),
             f"{row['count']}/{row['total']}",
@@ -159,7 +161,7 @@ def by_table(by: Row | Mapping[str, Row], key: str = "group") -> RenderableType:
                 "never": str(len(row["never_selected"])),
                 "least used": _least_used(row),
             }
-            table.add_row(clean(name), *(cells[column] for column in columns))
+            _add(table, words.line(name), *(cells[column] for column in columns))
         table.add_section()
     return table
 
@@ -198,10 +200,11 @@ def dead_table(dead: Row, *, every: bool = False) -> RenderableType:
         left=("verdict",),
     )
     for name, row in shown:
-        table.add_row(
-            clean(name),
+        _add(
+            table,
+            words.line(name),
             str(row["expert"]),
-            Text(clean(row["verdict"]), style=_STYLES.get(attention(row), "")),
+            Text(words.line(row["verdict"]), style=_STYLES.get(attention(row), "")),
             words.grouped(row["count"]),
             words.share(row["share"]),
             words.share(row.get("share_upper")),
@@ -219,7 +222,7 @@ def _specialists(named: Sequence[tuple[str, Row]]) -> list[Text]:
                 f"{x['by']} {x['name']} (ratio {words.measure(x['ratio'])})" for x in row["where"]
             ]
             lines.append(
-                Text(clean(f"layer {name} expert {row['expert']} serves {', '.join(serves)}"))
+                Text(words.line(f"layer {name} expert {row['expert']} serves {', '.join(serves)}"))
             )
     return [Text(), *lines] if lines else []
 
@@ -230,16 +233,16 @@ def verdict_counts(dead: Row) -> Text:
     for row in dead["experts"]:
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
     order = [name for name in dead.get("verdicts", counts) if counts.get(name)]
-    listed = ", ".join(f"{counts[name]:,} {clean(name)}" for name in order)
+    listed = ", ".join(f"{counts[name]:,} {words.line(name)}" for name in order)
     return Text(f"{len(dead['experts']):,} experts: {listed or 'none'}.")
 
 
 def diff_table(diff: Row) -> RenderableType:
     """Two runs side by side: the whole, then one row per layer."""
     whole = _table(["", "first", "second"], left=("",))
-    whole.add_row("tokens", *(words.grouped(x) for x in diff["tokens"]))
-    whole.add_row("accuracy", *(words.percent(x) for x in diff["accuracy"]))
-    whole.add_row("tokens/s", *(words.grouped(x and round(x)) for x in diff["tokens_per_second"]))
+    _add(whole, "tokens", *(words.grouped(x) for x in diff["tokens"]))
+    _add(whole, "accuracy", *(words.percent(x) for x in diff["accuracy"]))
+    _add(whole, "tokens/s", *(words.grouped(x and round(x)) for x in diff["tokens_per_second"]))
     if not diff["layers"]:
         return Group(whole, Text("\nOne of the runs is of a dense model: no experts to compare."))
     table = _table(
@@ -257,8 +260,9 @@ def diff_table(diff: Row) -> RenderableType:
         ]
     )
     for name, row in zip(labels(diff["layers"]), diff["layers"], strict=True):
-        table.add_row(
-            clean(name),
+        _add(
+            table,
+            words.line(name),
             Text(words.measure(row["js_distance"]), style="bold"),
             Text(words.measure(row["js_floor"]), style="dim"),
             *(words.measure(x) for x in row["max_vio"]),
@@ -287,8 +291,9 @@ def accuracy_table(accuracy: Row | None, by: str = "subject") -> RenderableType:
     for name, row in groups:
         if name == "all":
             table.add_section()
-        table.add_row(
-            clean(name),
+        _add(
+            table,
+            words.line(name),
             words.grouped(row["correct"]),
             words.grouped(row["questions"]),
             words.percent(row["accuracy"]),
@@ -311,7 +316,7 @@ def info_table(facts: Iterable[tuple[str, str]]) -> RenderableType:
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for label, value in facts:
-        table.add_row(clean(label), clean(value))
+        _add(table, words.line(label), words.line(value))
     return table
 
 
@@ -322,17 +327,12 @@ def findings_lines(findings: Iterable[Any]) -> list[Text]:
         row = as_row(finding)
         severity = str(row["severity"])
         line = Text.assemble(
-            (f"{severity}: ", _SEVERITY.get(severity, "bold")), clean(row["message"])
+            (f"{severity}: ", _SEVERITY.get(severity, "bold")), words.line(row["message"])
         )
         if row.get("advice"):
-            line.append(f" {clean(row['advice'])}", style="dim")
+            line.append(f" {words.line(row['advice'])}", style="dim")
         lines.append(line)
     return lines
-
-
-def clean(text: Any) -> str:
-    """Text from outside on one line, without control characters, which could steer a terminal."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 _STYLES = {"alarm": "bold magenta", "notice": "yellow"}
@@ -349,20 +349,24 @@ def _table(columns: Sequence[str], *, left: Sequence[str] = (), title: str | Non
         box=_BOX,
         padding=0,
         show_edge=False,
-        title=clean(title) if title else None,
+        title=Text(words.line(title)) if title else None,
         title_justify="left",
         title_style="bold",
     )
     for name in columns:
-        words_left = name in left
         table.add_column(
-            clean(name) if "\n" not in name else name,
-            justify="left" if words_left else "right",
+            Text(name if "\n" in name else words.line(name)),
+            justify="left" if name in left else "right",
             vertical="top",
-            no_wrap=not words_left,
+            no_wrap=name not in left,
             overflow="fold",
         )
     return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    """A row of plain text: square brackets are not rich's markup."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _legend(text: str) -> RenderableType:

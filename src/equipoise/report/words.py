@@ -89,3 +89,8 @@ def ids(numbers: Sequence[int], shown: int = 8) -> str:
 def grouped(number: float | None) -> str:
     """A whole number with commas: 14,042."""
     return NOTHING if number is None else f"{number:,}"
+
+
+def line(text: object) -> str:
+    """Text from outside on one line, without control characters, which could steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
