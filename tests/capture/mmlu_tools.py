@@ -7,14 +7,17 @@ from functools import cache
 from typing import Any
 
 import torch
-from equipoise.capture.mmlu import LETTERS, Question, QuestionSet
-from equipoise.capture.prompts import render
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from equipoise.capture.mmlu import LETTERS, Question, QuestionSet
+from equipoise.capture.prompts import render
+
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
-WORDS = "the cell of a naïve river has 42 bones, é or Ω; what? which gives (x+1)² in old law".split()
+WORDS = (
+    "the cell of a naïve river has 42 bones, é or Ω; what? which gives (x+1)² in old law".split()
+)
 KINDS = ("byte_bpe", "metaspace", "unigram", "bytes", "mixed", "words")
 
 
@@ -47,15 +50,15 @@ def make_questions(subjects: Any = ("anatomy", "sociology"), count: int = 5, see
 
 
 def prompts_of(questions: QuestionSet, shots: int = 5) -> list[Any]:
-    return [
-        render(q, questions.shots(q, shots)) for qs in questions.questions.values() for q in qs
-    ]
+    return [render(q, questions.shots(q, shots)) for qs in questions.questions.values() for q in qs]
 
 
 @cache
 def make_tokenizer(kind: str) -> Any:
     """A fast tokenizer trained on made-up prompts; "bytes" and "mixed" split some letters in two."""
-    corpus = [p.text + f" {letter}" for p in prompts_of(make_questions(seed=9)) for letter in LETTERS]
+    corpus = [
+        p.text + f" {letter}" for p in prompts_of(make_questions(seed=9)) for letter in LETTERS
+    ]
     tokenizer, trainer = _model(kind)
     if trainer is not None:
         tokenizer.train_from_iterator(corpus, trainer)

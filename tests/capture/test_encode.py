@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tokenizers import processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
 from equipoise.capture.encode import context_length, encode_prompts, encode_texts
 from equipoise.capture.mmlu import LETTERS
 from equipoise.errors import EquipoiseError
 from tests.capture.mmlu_tools import KINDS, Slow, make_questions, make_tokenizer, prompts_of
-from tokenizers import processors
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize("kind", KINDS)

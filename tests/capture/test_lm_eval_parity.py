@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import equipoise
 import pytest
 import torch
+
+import equipoise
 from equipoise.capture.mmlu import SUBJECTS, TAXONOMIES, QuestionSet, load_questions
 from equipoise.capture.prompts import DESCRIPTION, render
 from equipoise.capture.runner import run_mmlu
-
-from tests.capture.mmlu_tools import make_model, make_questions, make_tokenizer
+from tests.capture.mmlu_tools import make_model, make_questions, make_tokenizer, prompts_of
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 pytestmark = [
@@ -91,9 +91,10 @@ def test_every_likelihood_agrees_whatever_the_family(
 
 
 def test_truncated_prompts_agree(beside: Any, tmp_path: Path) -> None:
-    model = make_model("olmoe", torch.float32, max_position_embeddings=330)
-    questions = make_questions(count=6)
-    ours = compare(beside, tmp_path, model, make_tokenizer("byte_bpe"), questions, 5)
+    questions, tokenizer = make_questions(count=6), make_tokenizer("byte_bpe")
+    lengths = sorted(len(tokenizer.encode(p.text)) for p in prompts_of(questions))
+    model = make_model("olmoe", torch.float32, max_position_embeddings=lengths[len(lengths) // 2])
+    ours = compare(beside, tmp_path, model, tokenizer, questions, 5)
     assert 0 < ours.truncated < len(questions)
 
 

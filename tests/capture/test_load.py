@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+
 from equipoise.capture.load import find_model, load_model
 from equipoise.errors import EquipoiseError
-
 from tests.capture.mmlu_tools import make_model, make_tokenizer
 
 
@@ -146,18 +147,16 @@ def test_a_wrong_option_is_named(saved: Path, options: dict[str, str], message: 
 
 
 def test_every_answer_of_the_hub_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
-    request = httpx.Request("HEAD", "https://hub")
-    response = httpx.Response(404, request=request)
+    response = Mock(headers={})
     cases = [
         (errors.GatedRepoError("x", response=response), "is gated"),
         (errors.RevisionNotFoundError("x", response=response), "has no revision 'v9'"),
         (errors.RepositoryNotFoundError("x", response=response), "no model owner/name on the hub"),
         (errors.EntryNotFoundError("x"), "has no config.json"),
-        (httpx.ConnectError("x"), "the hub cannot be reached"),
+        (ConnectionError("x"), "the hub cannot be reached"),
         (errors.OfflineModeIsEnabled("x"), "the hub cannot be reached"),
     ]
     for error, message in cases:

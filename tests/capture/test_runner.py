@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import equipoise
 import numpy as np
 import pytest
 import torch
+
+import equipoise
 from equipoise.capture import scoring
 from equipoise.capture.mmlu import LETTERS, QuestionSet
 from equipoise.capture.prompts import template_digest
 from equipoise.capture.runner import MmluRun, run_mmlu
 from equipoise.errors import EquipoiseError
-
 from tests.capture.mmlu_tools import make_model, make_questions, make_tokenizer, prompts_of
 
 QUESTIONS = make_questions()
@@ -176,7 +176,9 @@ def test_a_hybrid_with_linear_attention_gives_the_same_answers_either_way(tmp_pa
     _, other = run(tmp_path / "b", model, prefix_cache=False)
     assert result.prefix_cache
     for key, row in answers(one).items():
-        assert row["loglikelihoods"] == pytest.approx(answers(other)[key]["loglikelihoods"], abs=1e-3)
+        assert row["loglikelihoods"] == pytest.approx(
+            answers(other)[key]["loglikelihoods"], abs=1e-3
+        )
 
 
 def test_an_interrupt_closes_as_partial_and_resume_finishes_the_rest(tmp_path: Path) -> None:
@@ -246,7 +248,9 @@ def test_models_that_choose_fewer_positions_score_alike(
     monkeypatch.setattr(scoring.Forward, "__init__", limited)
     _, found = run(tmp_path / "b", model, "mixed")
     for key, row in answers(expected).items():
-        assert answers(found)[key]["loglikelihoods"] == pytest.approx(row["loglikelihoods"], abs=1e-9)
+        assert answers(found)[key]["loglikelihoods"] == pytest.approx(
+            row["loglikelihoods"], abs=1e-9
+        )
 
 
 def test_a_dense_model_has_accuracy_and_no_layers(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import equipoise
 import numpy as np
 import pytest
+
+import equipoise
 from equipoise.capture.text import Document, load_text, run_text
 from equipoise.errors import EquipoiseError
-
 from tests.capture.mmlu_tools import make_model, make_tokenizer
 
 TEXT = "the cell of a naïve river\nhas 42 bones"
@@ -79,9 +79,7 @@ def test_limit_is_per_domain(tmp_path: Path) -> None:
         ("x.bin", "text", r"holds no text"),
     ],
 )
-def test_a_fault_names_file_and_line(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_fault_names_file_and_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(EquipoiseError, match=message):
         load_text(tmp_path)
@@ -123,7 +121,7 @@ def test_batches_change_nothing_but_the_order(tmp_path: Path) -> None:
 
 def test_resume_goes_on_after_the_last_whole_batch(tmp_path: Path) -> None:
     model, told = make_model(), []
-    _, expected = run(tmp_path / "whole", model, max_length=24)
+    _, expected = run(tmp_path / "whole", model, max_length=8)
 
     def interrupt(*args: Any) -> None:
         told.append(args)
@@ -131,8 +129,8 @@ def test_resume_goes_on_after_the_last_whole_batch(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "t", model, max_length=24, progress=interrupt)
-    result, trace = run(tmp_path / "t", model, resume=True, max_length=24)
+        run(tmp_path / "t", model, max_length=8, progress=interrupt)
+    result, trace = run(tmp_path / "t", model, resume=True, max_length=8)
     assert 0 < result.tokens < expected.tokens
     assert result.documents == len(DOCUMENTS)
     np.testing.assert_array_equal(trace.counts_LE, expected.counts_LE)

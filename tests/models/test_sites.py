@@ -208,9 +208,12 @@ def test_offloaded_weights_change_nothing(place: str, tmp_path: Any) -> None:
 
 
 def test_towers_with_the_same_layer_numbers_have_paths_and_stacks_of_their_own() -> None:
-    talker_text = {"text_config": {"shared_expert_intermediate_size": 32}}
+    undeclared = {
+        "text_config": {"shared_expert_intermediate_size": 32},
+        "spatial_merge_size": 2,
+    }
     model = build(
-        "qwen3_omni_moe", cls="Qwen3OmniMoeForConditionalGeneration", talker_config=talker_text
+        "qwen3_omni_moe", cls="Qwen3OmniMoeForConditionalGeneration", talker_config=undeclared
     )
     sites = discover(model)
     stacks = {site.stack for site in sites}

@@ -6,8 +6,8 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,10 +200,17 @@ def test_a_partial_trace_carries_a_warning(trace: Trace) -> None:
         content.meta["status"] = "complete"  # type: ignore[index]
 
 
-def test_the_page_of_58_layers_and_256_experts_stays_small(tmp_path: Path) -> None:
-    ids = np.random.default_rng(0).integers(0, 32, (200, 58, 8)) * 8 + np.arange(8)
-    trace = Trace.from_arrays(ids, num_experts=256, sequences=np.arange(200) // 10)
-    path = write_html(trace, tmp_path / "big.html")
-    assert path.stat().st_size < 2_000_000
-    rows = json.loads(Page(path.read_text(encoding="utf-8")).text["script"][0])
+def test_the_page_of_58_layers_and_256_experts_stays_small() -> None:
+    ids = np.random.default_rng(0).integers(0, 32, (200, 2, 8)) * 8 + np.arange(8)
+    two = gather(Trace.from_arrays(ids, num_experts=256, sequences=np.arange(200) // 10))
+    content = replace(
+        two,
+        labels=[str(number) for number in range(58)],
+        stats={**two.stats, "layers": [*two.layers] * 29},
+        experts=two.experts * 29,
+        verdicts=two.verdicts * 29,
+    )
+    source = render(content)
+    assert len(source) < 2_000_000
+    rows = json.loads(Page(source).text["script"][0])
     assert sum(len(layer["counts"]) for layer in rows["layers"]) == 14_848

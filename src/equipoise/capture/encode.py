@@ -1,8 +1,9 @@
 """From prompts to token ids, role spans in tokens, and the continuations that are scored.
 
 Every context is encoded in one go, as lm-evaluation-harness does (lm_eval 0.4.13,
-models/huggingface.py::tok_encode, api/model.py::_encode_pair), so that ids are the same token by token.
-A token belongs to the role of its first character; special tokens that the tokenizer adds to none.
+models/huggingface.py::tok_encode, api/model.py::_encode_pair), so that ids are the same token by
+token. A token belongs to the role of its first character; special tokens that the tokenizer adds to
+none.
 """
 
 from __future__ import annotations
@@ -142,8 +143,9 @@ def _continuations(
 ) -> list[tuple[tuple[int, ...], ...]]:
     """Ids of the four letters after each context: what encoding context and letter together adds.
 
-    All prompts end in the same line, so the first prompt's letters hold for every prompt that ends in
-    the same tokens; the others, and all where context and letter melt together, are encoded in full.
+    All prompts end in the same line, so the first prompt's letters hold for every prompt that ends
+    in the same tokens; the others, and all where context and letter melt together, are encoded in
+    full.
     """
     shared: tuple[tuple[int, ...], ...] | None = None
     tail: list[int] = []

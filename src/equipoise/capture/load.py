@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 DEMO = "demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-                    "vocab.txt", "spiece.model", "tiktoken.model", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tiktoken.model",
+    "tekken.json",
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -51,8 +59,8 @@ class LoadedModel:
 def find_model(name: str, revision: str | None = None) -> str:
     """The folder or hub id behind a model's name; EquipoiseError for what cannot be a model.
 
-    Quick, and without torch: the hub is only asked whether it has the model's config, so that a wrong
-    name or a missing network is known before anything else is done.
+    Quick, and without torch: the hub is only asked whether it has the model's config, so that a
+    wrong name or a missing network is known before anything else is done.
     """
     if name == DEMO:
         folder = resources.files("equipoise").joinpath("data/demo")
@@ -64,7 +72,9 @@ def find_model(name: str, revision: str | None = None) -> str:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise EquipoiseError(f"no folder {name}.{nearest(path.name, beside)}")
     if "/" not in name and (hint := nearest(name, [DEMO])):
-        raise EquipoiseError(f"no model {name!r}: not a folder here, nor an owner/name of the hub.{hint}")
+        raise EquipoiseError(
+            f"no model {name!r}: not a folder here, nor an owner/name of the hub.{hint}"
+        )
     _check_hub(name, revision)
     return name
 
@@ -80,9 +90,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    `device` is "auto" (all GPUs, else one, else the CPU) or a torch device; `dtype` "auto" takes the
-    checkpoint's own. A checkpoint for images and text is loaded for text alone, with a note. Raises
-    EquipoiseError in one line for whatever is missing, unreachable, incomplete or not allowed.
+    `device` is "auto" (all GPUs, else one, else the CPU) or a torch device; `dtype` "auto" takes
+    the checkpoint's own. A checkpoint for images and text is loaded for text alone, with a note.
+    Raises EquipoiseError in one line for whatever is missing, unreachable, incomplete or not
+    allowed.
     """
     if dtype not in DTYPES:
         raise EquipoiseError(
@@ -205,7 +216,9 @@ class _Loader:
         ):
             return AutoModelForCausalLM
         if type(config) in AutoModelForImageTextToText._model_mapping:
-            self.notes.append(f"{config.model_type} is a model of images and text, used for text alone")
+            self.notes.append(
+                f"{config.model_type} is a model of images and text, used for text alone"
+            )
             return AutoModelForImageTextToText
         raise EquipoiseError(
             f"{self.name} ({config.model_type}) is not a causal language model: it cannot answer MMLU"
@@ -227,7 +240,11 @@ class _Loader:
         import torch
 
         if device == "auto":
-            best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            best = (
+                torch.accelerator.current_accelerator()
+                if torch.accelerator.is_available()
+                else None
+            )
             return torch.device("cpu") if best is None else best
         try:
             return torch.empty(0, device=device).device

@@ -1,8 +1,9 @@
-"""MMLU as data: 57 subjects, four categories in two taxonomies, and the questions from wherever they are.
+"""MMLU as data: 57 subjects, four categories in two taxonomies, and the questions from wherever
+they are.
 
-Questions come from a folder of the original CSVs, from the hub's `cais/mmlu`, or from the set that is
-shipped with the package. All three arrive as one `QuestionSet`; every fault of the data is found here,
-before a model is loaded.
+Questions come from a folder of the original CSVs, from the hub's `cais/mmlu`, or from the set that
+is shipped with the package. All three arrive as one `QuestionSet`; every fault of the data is found
+here, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -126,13 +127,13 @@ def load_questions(
 ) -> QuestionSet:
     """Read the questions of a split, and its examples when `shots` > 0.
 
-    `data` is a folder of the original CSVs ({dev,val,test}/<subject>_<split>.csv, no header), "bundled",
-    or None for the hub. `limit` is the number of questions per subject. Raises EquipoiseError, naming
-    file and row, for anything that is not as it should be.
+    `data` is a folder of the original CSVs ({dev,val,test}/<subject>_<split>.csv, no header),
+    "bundled", or None for the hub. `limit` is the number of questions per subject. Raises
+    EquipoiseError, naming file and row, for anything that is not as it should be.
     """
     _one_of("split", split, SPLITS)
     _one_of("taxonomy", taxonomy, tuple(TAXONOMIES))
-    if not 0 <= shots:
+    if not shots >= 0:
         raise EquipoiseError(f"shots is {shots}; it must be 0 or more")
     if limit is not None and limit < 1:
         raise EquipoiseError(f"limit is {limit}; it must be at least 1 question per subject")

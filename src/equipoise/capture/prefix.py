@@ -1,9 +1,9 @@
 """The few-shot prefix that all questions of a subject share: its length, and its key-value cache.
 
-The shared part is found on token ids, so it is safe with any tokenizer, and it ends before the first
-token of the question. Whether a model's cache can be repeated for many rows is tried, not assumed:
-the first questions are run both ways, and a model whose logits differ by more than rounding is run
-in full (state-space layers that restart, caches of another kind).
+The shared part is found on token ids, so it is safe with any tokenizer, and it ends before the
+first token of the question. Whether a model's cache can be repeated for many rows is tried, not
+assumed: the first questions are run both ways, and a model whose logits differ by more than
+rounding is run in full (state-space layers that restart, caches of another kind).
 """
 
 from __future__ import annotations

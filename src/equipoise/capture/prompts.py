@@ -1,8 +1,8 @@
 """MMLU prompts as lm-evaluation-harness renders them, with the role of every character.
 
-Source: lm_eval 0.4.13, tasks/mmlu/default/_default_template_yaml and api/task.py::fewshot_context. A
-parity test compares whole prompts. Each line, its line break included, belongs to one role; the cue
-"Answer:" of the question itself is the role "answer".
+Source: lm_eval 0.4.13, tasks/mmlu/default/_default_template_yaml and api/task.py::fewshot_context.
+A parity test compares whole prompts. Each line, its line break included, belongs to one role; the
+cue "Answer:" of the question itself is the role "answer".
 """
 
 from __future__ import annotations

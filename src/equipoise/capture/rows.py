@@ -25,10 +25,12 @@ Progress = Callable[[int, int, int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A question ready to run: ids int32 [n] of its context, its roles in tokens, its continuations.
+    """A question ready to run: ids int32 [n] of its context, its roles in tokens, its
+    continuations.
 
-    `heads` is what must be fed after the context to score the letters: all but the last token of each.
-    Where every letter is one token, the usual case, that is one empty head; each head is one row.
+    `heads` is what must be fed after the context to score the letters: all but the last token of
+    each. Where every letter is one token, the usual case, that is one empty head; each head is one
+    row.
     """
 
     question: Question

@@ -1,10 +1,11 @@
 """Run MMLU through a model while a recorder watches, and score it as lm-evaluation-harness does.
 
-One row per question. Subjects run one after the other in alphabetical order, the questions of a subject
-from the longest prompt to the shortest (ties by row number), so that a batch holds rows of similar
-length; that is the recorded order. The prefix that all questions of a subject share is a sequence of
-its own, without a question, run and counted once. With the prefix cache its keys and values serve all
-the questions; without, every prompt runs whole and the prefix's positions are not counted again.
+One row per question. Subjects run one after the other in alphabetical order, the questions of a
+subject from the longest prompt to the shortest (ties by row number), so that a batch holds rows of
+similar length; that is the recorded order. The prefix that all questions of a subject share is a
+sequence of its own, without a question, run and counted once. With the prefix cache its keys and
+values serve all the questions; without, every prompt runs whole and the prefix's positions are not
+counted again.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ def run_mmlu(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> MmluRun:
-    """Answer every question that the recorder has not done yet; labels and results go to the recorder.
+    """Answer every question that the recorder has not done yet; labels and results go to the
+    recorder.
 
     `count_repeats` counts the shared prefix in every question, and so runs it in every question.
-    Prompts longer than `max_length` tokens (by default the model's own limit) lose their beginning, as
-    in lm-evaluation-harness; how many is in `truncated`. An interrupt passes through: what was
+    Prompts longer than `max_length` tokens (by default the model's own limit) lose their beginning,
+    as in lm-evaluation-harness; how many is in `truncated`. An interrupt passes through: what was
     completed before it stays completed. Raises EquipoiseError for NaN logits.
     """
     if batch_size < 1:

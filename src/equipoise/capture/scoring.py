@@ -1,8 +1,10 @@
-"""Forward passes of the runners: logits only where they are read, and log-likelihoods of the letters.
+"""Forward passes of the runners: logits only where they are read, and log-likelihoods of the
+letters.
 
 Projecting every position to the vocabulary costs most of a small model's time and memory, so the
-positions are named (`logits_to_keep`). Log-softmax is taken in float32 at least; lm-evaluation-harness
-takes it in the model's dtype unless `softmax_dtype` is set: the same for float32, coarser for half.
+positions are named (`logits_to_keep`). Log-softmax is taken in float32 at least;
+lm-evaluation-harness takes it in the model's dtype unless `softmax_dtype` is set: the same for
+float32, coarser for half.
 """
 
 from __future__ import annotations

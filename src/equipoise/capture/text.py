@@ -1,6 +1,7 @@
 """The text task: any documents, each with a domain, run through a model window by window.
 
-A source is a file, a folder or a JSONL file. In text files a line `<|doc|>` stands between documents.
+A source is a file, a folder or a JSONL file. In text files a line `<|doc|>` stands between
+documents.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ def load_text(
 ) -> list[Document]:
     """Read documents; `limit` is the number per domain.
 
-    A file is one domain, its stem. A folder's domains are its sub-folders, or the stems of its files
-    where it has none; licence, provenance and readme files are left out. In JSONL each line is a
-    document: its text in `field`, its domain in `domain_field` ("domain" when a line has it). Raises
-    EquipoiseError, with the line number, for what cannot be read and for a source without a document.
+    A file is one domain, its stem. A folder's domains are its sub-folders, or the stems of its
+    files where it has none; licence, provenance and readme files are left out. In JSONL each line
+    is a document: its text in `field`, its domain in `domain_field` ("domain" when a line has it).
+    Raises EquipoiseError, with the line number, for what cannot be read and for a source without a
+    document.
     """
     if limit is not None and limit < 1:
         raise EquipoiseError(f"limit is {limit}; it must be at least 1 document per domain")
@@ -131,7 +133,9 @@ def _json_lines(
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise EquipoiseError(f"{where} is not JSON: {error.msg} (column {error.colno})") from error
+            raise EquipoiseError(
+                f"{where} is not JSON: {error.msg} (column {error.colno})"
+            ) from error
         if not isinstance(row, dict):
             raise EquipoiseError(f"{where} is not a JSON object but a {type(row).__name__}")
         domain = _member(row, domain_field, where) if domain_field else row.get("domain", default)
@@ -191,12 +195,13 @@ def run_text(
     *,
     progress: Progress | None = None,
 ) -> TextRun:
-    """Run documents through a model in windows of at most `max_length` tokens, each from position 0.
+    """Run documents through a model in windows of at most `max_length` tokens, each from position
+    0.
 
     `max_length` is by default the model's context, at most 2048. A window is one sequence with its
-    domain, named after its document (and `#k` for the k-th of several). `progress` is told after every
-    batch how many documents are done, of how many, the tokens and the seconds. Windows that the
-    recorder has already are left out.
+    domain, named after its document (and `#k` for the k-th of several). `progress` is told after
+    every batch how many documents are done, of how many, the tokens and the seconds. Windows that
+    the recorder has already are left out.
     """
     if batch_size < 1 or (max_length is not None and max_length < 1):
         raise EquipoiseError(
@@ -212,7 +217,12 @@ def run_text(
         raise EquipoiseError(f"windows of {length} tokens do not fit the model's {limit}")
     run, forward, training = TextRun(), Forward(model), model.training
     recorder.manifest.meta.update(
-        {"task": "text", "max_length": length, "batch_size": batch_size, "documents": len(documents)}
+        {
+            "task": "text",
+            "max_length": length,
+            "batch_size": batch_size,
+            "documents": len(documents),
+        }
     )
     begin = time.monotonic()
     model.eval()
