@@ -2,21 +2,19 @@
 
     python benchmarks/mmlu_vs_lm_eval.py --model demo --subjects anatomy,sociology --limit 50
 
-Each repeat runs both once, in turns, in one process. Equipoise records expert ids to disk meanwhile.
-Both are timed from questions in memory to scores: rendering, encoding, running, scoring, and for
-Equipoise writing and closing the trace. The table has medians; the ratio is that of each repeat.
+Each round runs both once, in turns, in one process, after a round that is not counted. Both are timed
+from questions in memory to scores: rendering, encoding, running, scoring; for Equipoise also recording
+expert ids and writing and closing the trace. Rates are medians, the ratio that of the rounds' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,69 +98,68 @@ def _random_model(vocabulary: int) -> Any:
     return OlmoeForCausalLM(config).eval()
 
 
-def _timed(function: Any, *args: Any) -> tuple[float, Any]:
-    begin = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - begin, result
-
-
 def _record(model: Any, tokenizer: Any, questions: QuestionSet, options: argparse.Namespace) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        with equipoise.record(model, Path(folder) / "run.trace", level="ids") as recorder:
-            return run_mmlu(
-                model, tokenizer, recorder, questions, options.shots, options.batch_size
-            )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        equipoise.record(model, Path(folder) / "run.trace", level="ids") as recorder,
+    ):
+        return run_mmlu(model, tokenizer, recorder, questions, options.shots, options.batch_size)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """Run both in turns; a title and the rows of the table."""
+    from common import interleaved, ratios
+
     subjects = options.subjects.split(",") if options.subjects else None
-    questions = load_questions(
-        options.data, subjects=subjects, limit=options.limit, shots=options.shots
-    )
+    questions = load_questions(options.data, "test", subjects, options.limit, shots=options.shots)
     loaded = load_model("demo" if options.model == "random" else options.model)
     model, tokenizer = loaded.model, loaded.tokenizer
     if options.model == "random":
         model = _random_model(len(tokenizer))
     tasks = lm_eval_tasks(questions, options.shots)
-    seconds: dict[str, list[float]] = {"equipoise": [], "lm_eval": []}
-    for _ in range(options.repeats):
-        spent, harness = _timed(run_lm_eval, model, tokenizer, tasks, options.batch_size)
-        seconds["lm_eval"].append(spent)
-        spent, own = _timed(_record, model, tokenizer, questions, options)
-        seconds["equipoise"].append(spent)
-    correct = sum(
-        round(harness["results"][name]["acc,none"] * len(questions.questions[subject]))
-        for name, subject in zip(tasks, questions.questions, strict=True)
-    )
-    rates = {name: [len(questions) / s for s in spent] for name, spent in seconds.items()}
-    ratios = [a / b for a, b in zip(rates["equipoise"], rates["lm_eval"], strict=True)]
-    return {
-        "benchmark": "mmlu_vs_lm_eval",
-        "model": options.model,
-        "questions": len(questions),
-        "subjects": len(questions.questions),
-        "shots": options.shots,
-        "batch_size": options.batch_size,
-        "repeats": options.repeats,
-        "threads": torch.get_num_threads(),
-        "device": str(model.device),
-        "machine": platform.machine(),
-        "versions": _versions(),
-        "questions_per_second": {name: statistics.median(r) for name, r in rates.items()},
-        "all_seconds": seconds,
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "correct": {"equipoise": own.correct, "lm_eval": correct},
+    last: dict[str, Any] = {}
+    variants = {
+        "lm-eval": lambda: last.update(
+            theirs=run_lm_eval(model, tokenizer, tasks, options.batch_size)
+        ),
+        "equipoise": lambda: last.update(ours=_record(model, tokenizer, questions, options)),
     }
+    seconds = interleaved(variants, options.repeats)
+    correct = {
+        "lm-eval": _correct(last["theirs"]["results"], questions),
+        "equipoise": last["ours"].correct,
+    }
+    against = ratios(seconds, "lm-eval")
+    rows = [
+        {
+            "runner": name,
+            "questions/s": round(len(questions) / statistics.median(times), 2),
+            "times lm-eval": round(1 / against[name][0], 2),
+            "each round": " ".join(
+                f"{base / own:.2f}" for base, own in zip(seconds["lm-eval"], times, strict=True)
+            ),
+            "correct": correct[name],
+        }
+        for name, times in seconds.items()
+    ]
+    title = (
+        f"MMLU, {options.model} on {model.device.type}: {len(questions)} questions of "
+        f"{len(questions.questions)} subjects, {options.shots} shots, batches of "
+        f"{options.batch_size}, {torch.get_num_threads()} threads, lm_eval {version('lm_eval')}"
+    )
+    return title, rows
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "lm_eval", "equipoise")}
+def _correct(results: Mapping[str, Any], questions: QuestionSet) -> int:
+    return sum(
+        round(results[f"mmlu_{subject}"]["acc,none"] * len(asked))
+        for subject, asked in questions.questions.items()
+    )
 
 
 def main() -> None:
+    from common import report
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="demo, random, a folder or a hub id")
     parser.add_argument("--data", default="bundled", help="bundled, or a folder of the MMLU CSVs")
@@ -177,17 +174,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
-    result = measure(options)
-    rate = result["questions_per_second"]
-    print(
-        f"{result['questions']} questions, {options.shots} shots, batches of {options.batch_size}"
-    )
-    print(f"lm-evaluation-harness  {rate['lm_eval']:8.2f} questions/s")
-    print(f"equipoise, recording   {rate['equipoise']:8.2f} questions/s")
-    print(f"ratio                  {result['ratio']:8.2f}   (repeats {result['ratios']})")
-    print(f"correct answers: {result['correct']}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    title, rows = measure(options)
+    command = f"python benchmarks/mmlu_vs_lm_eval.py --model {options.model}"
+    report(title, rows, command, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from common import report
 
 import equipoise
-from equipoise.capture.passes import Sequence_
+from equipoise.capture.passes import RunSequence
 from equipoise.capture.writer import sequences_batch
 from equipoise.trace.batches import Rows, counts_batch, tokens_batch
 from equipoise.trace.files import PartWriter
@@ -56,7 +56,7 @@ def make_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
         key = (window % len(ids)) if count == WINDOW else -1
         if key not in rows_of:
             rows_of[key] = counts_batch(window, [rows], layers, [(None, None, None)])
-        fresh = [Sequence_(int(n)) for n in np.unique(number_T[::DOCUMENT])]
+        fresh = [RunSequence(int(n)) for n in np.unique(number_T[::DOCUMENT])]
         batch = sequences_batch(fresh)
         assert batch.schema.equals(SEQUENCES_SCHEMA)
         writer.write_window(rows_of[key], batch, [tokens_batch(rows, layers, "ids")])

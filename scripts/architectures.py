@@ -54,7 +54,13 @@ def row(arch: str) -> tuple[str, ...]:
         return (arch, name, *["-"] * 7, "refused", reason.rstrip("."))
     randomise_routing(model)
     with_scores = all(r.scores_TE is not None for r in record(model, sites, **inputs_for(model)))
-    return (arch, name, *described(model, sites), "yes" if with_scores else "no", *captured(sites, arch))
+    return (
+        arch,
+        name,
+        *described(model, sites),
+        "yes" if with_scores else "no",
+        *captured(sites, arch),
+    )
 
 
 def described(model: Any, sites: list[RouterSite]) -> list[str]:

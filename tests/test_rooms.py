@@ -66,7 +66,7 @@ def loaded_after(code: str) -> set[str]:
 
 def test_importing_the_package_and_its_commands_loads_nothing_heavy() -> None:
     loaded = loaded_after("import equipoise, equipoise.cli")
-    assert not loaded & {"torch", "transformers", "numpy", "pyarrow", "plotly", "numba"}
+    assert not loaded & {"torch", "transformers", "numpy", "pyarrow", "numba"}
 
 
 def test_the_import_check_can_fail() -> None:

@@ -15,9 +15,8 @@ from equipoise.capture.prompts import render
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
-WORDS = (
-    "the cell of a naïve river has 42 bones, é or Ω; what? which gives (x+1)² in old law".split()
-)
+SENTENCE = "the cell of a naïve river has 42 bones, é or Ω; what? which gives (x+1)² in old law"
+WORDS = SENTENCE.split()
 KINDS = ("byte_bpe", "metaspace", "unigram", "bytes", "mixed", "words")
 
 

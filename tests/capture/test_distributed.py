@@ -25,9 +25,10 @@ dist.init_process_group("gloo")
 rank, mode, path = dist.get_rank(), sys.argv[1], sys.argv[2]
 model = olmoe()
 if mode == "tensor":
-    from torch.distributed.device_mesh import init_device_mesh
-    model._tp_size = 2
-    assert model.tp_size == 2
+    from transformers.distributed import DistributedConfig
+    plan = DistributedConfig(tp_plan="auto")
+    model = type(model).from_pretrained(path + "-model", distributed_config=plan).eval()
+    assert type(model.model.layers[0].mlp.experts.gate_up_proj).__name__ == "DTensor"
 seeds = range({BATCHES}) if mode != "data" else range(rank, {BATCHES}, 2)
 seeds = [s + 100 * rank for s in seeds] if mode == "torn" else seeds
 wanted = {{"torn": 0}}.get(mode)
@@ -69,9 +70,7 @@ def torchrun(mode: str, path: Path) -> equipoise.Trace:
 
 
 @pytest.mark.distributed
-def test_data_parallel_ranks_add_up_to_one_process(
-    single: equipoise.Trace, tmp_path: Path
-) -> None:
+def test_data_parallel_ranks_add_up_to_one_process(single: equipoise.Trace, tmp_path: Path) -> None:
     both = torchrun("data", tmp_path / "t")
     assert both.meta["world_size"] == 2
     assert both.meta["status"] == "complete"
@@ -91,9 +90,9 @@ def test_data_parallel_ranks_add_up_to_one_process(
 
 
 @pytest.mark.distributed
-def test_ranks_that_see_the_same_tokens_count_once(
-    single: equipoise.Trace, tmp_path: Path
-) -> None:
+def test_ranks_that_see_the_same_tokens_count_once(single: equipoise.Trace, tmp_path: Path) -> None:
+    """Real tensor parallelism: transformers shards attention and experts over both ranks."""
+    olmoe().save_pretrained(tmp_path / "t-model")
     both = torchrun("tensor", tmp_path / "t")
     assert (both.counts_LE == single.counts_LE).all()
     assert (both.expert_ids_TLK == single.expert_ids_TLK).all()

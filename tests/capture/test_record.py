@@ -88,9 +88,7 @@ def test_batched_with_padding_counts_as_one_by_one(model: nn.Module, tmp_path: P
 
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_generation_continues_its_sequences(
-    model: nn.Module, tmp_path: Path, padded: bool
-) -> None:
+def test_generation_continues_its_sequences(model: nn.Module, tmp_path: Path, padded: bool) -> None:
     prompt, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0 if padded else 1
     with equipoise.record(model, tmp_path / "t"):
@@ -159,9 +157,7 @@ def test_recomputation_counts_each_token_once(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_hooks_are_gone_afterwards_and_outputs_unchanged(model: nn.Module, tmp_path: Path) -> None:
     def hooks() -> int:
-        return sum(
-            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
-        )
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     batch, before = tokens(1, 8), hooks()
     plain = model(batch).logits
@@ -450,8 +446,8 @@ def test_memory_stays_bounded(model: nn.Module, tmp_path: Path) -> None:
     with equipoise.record(model, tmp_path / "t", window_tokens=64) as recorder:
         for step in range(200):
             model(tokens(1, 32, seed=step))
-            assert len(recorder._known) <= 1
-            assert sum(map(len, recorder._arena.ids.chunks)) <= 2**20
+            assert len(recorder._book) <= 1
+            assert sum(map(len, recorder._writer.arena.ids.chunks)) <= 2**20
     assert equipoise.open(tmp_path / "t").tokens == 6400
 
 

@@ -123,6 +123,7 @@ def test_idle_runs_need_every_row(monkeypatch):
     monkeypatch.setattr(Trace, "rows_complete", property(lambda _: False))
     rows = dead(trace)["experts"]
     assert rows[0]["longest_idle"] == 20_000
+    assert rows[0]["verdict"] == "undetermined"  # three windows: how alike tokens are is unknown
     assert rows[1]["longest_idle"] is None
     assert rows[1]["current_idle"] is None
 

@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 from executed import Replay, executed_TE
-from tiny import HIDDEN, build, inputs_for, randomise_routing, record, selected_TE
+from tiny import (
+    HIDDEN,
+    build,
+    inputs_for,
+    model_class,
+    randomise_routing,
+    record,
+    selected_TE,
+)
 from torch import Tensor, nn
 
 from equipoise.errors import RoutingError
 from equipoise.models import RouterSite, check_routing, discover, is_moe_config, valid_tokens
+from equipoise.models.compiled import is_compiled
 from equipoise.models.scan import clean, split
 from equipoise.routing import NO_EXPERT, Routing
 
@@ -194,6 +203,21 @@ def test_compiled_model_delivers_what_the_eager_one_does(arch: str) -> None:
         assert a.weights_TK.allclose(b.weights_TK, atol=1e-5)
 
 
+def test_every_way_to_compile_is_noticed() -> None:
+    model = build("mixtral")
+    assert not any(is_compiled(module) for module in model.modules())
+    assert is_compiled(torch.compile(model))
+    paths = [site.path for site in discover(model)]
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert [site.path for site in discover(model)] == paths
+    assert any(is_compiled(module) for module in model.modules())
+    whole, forward = build("mixtral"), build("mixtral")
+    whole.compile()
+    forward.forward = torch.compile(forward.forward)
+    assert is_compiled(whole)
+    assert is_compiled(forward)
+
+
 @pytest.mark.parametrize("place", ["cpu_offload", "disk_offload"])
 def test_offloaded_weights_change_nothing(place: str, tmp_path: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -217,7 +241,7 @@ def test_towers_with_the_same_layer_numbers_have_paths_and_stacks_of_their_own()
     )
     sites = discover(model)
     stacks = {site.stack for site in sites}
-    assert stacks == {"thinker.model.layers", "talker.model.layers"}
+    assert stacks == {"thinker.model.language_model.layers", "talker.model.layers"}
     assert len({site.path for site in sites}) == len(sites)
     for stack in stacks:
         assert [site.layer for site in sites if site.stack == stack] == [0, 1, 2, 3]
@@ -226,6 +250,26 @@ def test_towers_with_the_same_layer_numbers_have_paths_and_stacks_of_their_own()
     rows = torch.randn(1, 5, HIDDEN)
     heard = heard_during(sites, lambda: model.talker.model(inputs_embeds=rows))
     assert all(len(ids) == (path.startswith("talker")) for path, ids in heard.items())
+
+
+def test_full_size_towers_are_found_with_their_own_numbers_of_experts() -> None:
+    cls = model_class("dots3_note", "Dots3NoteForConditionalGeneration")
+    with torch.device("meta"):
+        sites = discover(cls(cls.config_class()))
+    text = [site for site in sites if "language_model" in site.stack]
+    vision = [site for site in sites if "vision" in site.stack]
+    assert [site.layer for site in text] == list(range(1, 46))
+    assert {(site.num_experts, site.top_k) for site in text} == {(256, 8)}
+    assert [site.num_experts for site in vision][:3] == [4, 8, 12]
+    assert len({site.path for site in sites}) == 45 + 17
+
+
+def test_deepseek_v3_has_58_routers_of_256_experts_from_layer_3_on() -> None:
+    cls = model_class("deepseek_v3")
+    with torch.device("meta"):
+        sites = discover(cls(cls.config_class()))
+    assert [site.layer for site in sites] == list(range(3, 61))
+    assert {(site.num_experts, site.top_k) for site in sites} == {(256, 8)}
 
 
 def test_rows_split_by_modality_reach_the_router_that_served_them() -> None:

@@ -25,6 +25,7 @@ SPEC = json.loads((Path(__file__).parents[1] / "data" / "tiny_moe_configs.json")
 LAYERS = 4
 SHAPE = (2, 16)
 PADS = 5
+ROUTER_STD = 0.4
 HIDDEN = SPEC["tiny_values"]["hidden_size"]
 
 
@@ -103,15 +104,17 @@ def build(arch: str, cls: str | None = None, **extra: Any) -> Any:
 
 
 def randomise_routing(model: nn.Module) -> None:
-    """Selection biases U(-0.5, 0.5), hash tables of random distinct experts."""
+    """Routers that decide by token: sharp scores, biases U(-0.5, 0.5), random hash tables."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
-        last = name.rpartition(".")[2]
+        *owners, last = name.split(".")
         if re.search(r"correction_bias|expert_bias|balancing_bias", last):
             tensor.data.uniform_(-0.5, 0.5, generator=generator)
         elif last == "tid2eid":
             draw = torch.rand(len(tensor), 8, generator=generator)
             tensor.data.copy_(draw.argsort(-1)[:, : tensor.shape[1]])
+        elif tensor.ndim == 2 and {"gate", "router", "router_gate"} & set(owners):
+            tensor.data.normal_(std=ROUTER_STD, generator=generator)
 
 
 def inputs_for(model: nn.Module) -> dict[str, Any]:

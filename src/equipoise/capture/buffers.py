@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from equipoise.capture.passes import RowInfo, Sequence_
+from equipoise.capture.passes import RowInfo, RunSequence
 
 _FIRST_SIZE = 1 << 20
 
@@ -22,7 +22,7 @@ class Describes(Protocol):
     """Says what the rows of a pass are: a runner's `Batch`, or what was `Inferred`."""
 
     @property
-    def sequences(self) -> Sequence[Sequence_]:
+    def sequences(self) -> Sequence[RunSequence]:
         """The sequence of each row of the batch."""
 
     def rows(self, shape: tuple[int, int]) -> RowInfo:
@@ -111,7 +111,7 @@ class Arena:
     def clear(self) -> None:
         """Empty the arena for its next window."""
         self.passes: list[Pass] = []
-        self.sequences: list[Sequence_] = []
+        self.sequences: list[RunSequence] = []
         self.rows = 0
         self.ids.clear()
         self.floats.clear()

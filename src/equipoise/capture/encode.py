@@ -41,13 +41,13 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Encoded]:
     """Encode prompts of one subject; EquipoiseError where the letters cannot be told apart."""
     contexts = list(encode_texts(tokenizer, [p.text for p in prompts], [p.spans for p in prompts]))
     letters = _continuations(tokenizer, prompts, contexts)
-    return [Encoded(c.ids, c.spans, l) for c, l in zip(contexts, letters, strict=True)]
+    return [Encoded(c.ids, c.spans, found) for c, found in zip(contexts, letters, strict=True)]
 
 
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
 ) -> Iterator[Encoded]:
-    """Encode whole texts with the special tokens that the tokenizer adds, spans mapped to tokens."""
+    """Encode whole texts, with the tokenizer's special tokens and spans in tokens."""
     for start in range(0, len(texts), _CHUNK):
         part, part_spans = texts[start : start + _CHUNK], spans[start : start + _CHUNK]
         if getattr(tokenizer, "is_fast", False):

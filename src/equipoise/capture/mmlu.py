@@ -26,30 +26,33 @@ HUB_NAME = "cais/mmlu"
 _HUB_SPLITS = {"test": "test", "val": "validation", "dev": "dev"}
 _COLUMNS = "question, A, B, C, D, answer"
 
-CATEGORIES: Mapping[str, tuple[str, ...]] = {
+_LISTS = {
     "STEM": (
         "abstract_algebra astronomy college_biology college_chemistry college_computer_science "
         "college_mathematics college_physics computer_security conceptual_physics "
         "electrical_engineering elementary_mathematics high_school_biology high_school_chemistry "
         "high_school_computer_science high_school_mathematics high_school_physics "
         "high_school_statistics machine_learning"
-    ).split(),
+    ),
     "humanities": (
         "formal_logic high_school_european_history high_school_us_history "
         "high_school_world_history international_law jurisprudence logical_fallacies "
         "moral_disputes moral_scenarios philosophy prehistory professional_law world_religions"
-    ).split(),
+    ),
     "social sciences": (
         "econometrics high_school_geography high_school_government_and_politics "
         "high_school_macroeconomics high_school_microeconomics high_school_psychology "
         "human_sexuality professional_psychology public_relations security_studies sociology "
         "us_foreign_policy"
-    ).split(),
+    ),
     "other": (
         "anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging "
         "management marketing medical_genetics miscellaneous nutrition professional_accounting "
         "professional_medicine virology"
-    ).split(),
+    ),
+}
+CATEGORIES: Mapping[str, tuple[str, ...]] = {
+    category: tuple(names.split()) for category, names in _LISTS.items()
 }
 """Hendrycks' four categories and their subjects (hendrycks/test, categories.py)."""
 
@@ -133,7 +136,7 @@ def load_questions(
     """
     _one_of("split", split, SPLITS)
     _one_of("taxonomy", taxonomy, tuple(TAXONOMIES))
-    if not shots >= 0:
+    if shots < 0:
         raise EquipoiseError(f"shots is {shots}; it must be 0 or more")
     if limit is not None and limit < 1:
         raise EquipoiseError(f"limit is {limit}; it must be at least 1 question per subject")
@@ -158,7 +161,7 @@ def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _check_subjects(subjects: Iterable[str] | None) -> tuple[str, ...]:
-    """The asked subjects in running order, each once; blanks and dashes may stand for underscores."""
+    """The asked subjects in running order; blanks and dashes may stand for underscores."""
     if subjects is None:
         return SUBJECTS
     asked = [name.strip().lower().replace(" ", "_").replace("-", "_") for name in subjects]
@@ -217,7 +220,7 @@ def _question(
 
 
 class _Hub:
-    """Reads one subject's configuration of `cais/mmlu`, the cache that lm-evaluation-harness fills too."""
+    """Reads `cais/mmlu` subject by subject, into the cache that lm-evaluation-harness uses."""
 
     def __init__(self) -> None:
         try:

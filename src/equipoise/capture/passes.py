@@ -22,7 +22,7 @@ PREFILL, DECODE = (PHASES.index(name) for name in ("prefill", "decode"))
 
 
 @dataclass
-class Sequence_:
+class RunSequence:
     """One document or question: its labels, and what became of it."""
 
     number: int
@@ -63,7 +63,7 @@ class RowInfo:
 class Batch:
     """What a runner says of the next forward pass: see `Recorder.batch`."""
 
-    sequences: Sequence[Sequence_]
+    sequences: Sequence[RunSequence]
     starts: Array
     lengths: Array
     skip: Array
@@ -96,7 +96,7 @@ class Batch:
 class Inferred:
     """What a forward pass of a user's own loop says about its rows by its arguments."""
 
-    sequences: Sequence[Sequence_]
+    sequences: Sequence[RunSequence]
     past: int
     """Columns that a cache holds already."""
     mask_BS: Tensor | None

@@ -68,7 +68,7 @@ class PrefixCache:
 
 
 def difference(logits: Tensor, reference: Tensor) -> float:
-    """Root mean square difference of logits [..., V], relative to their spread over the vocabulary."""
+    """Difference of logits [..., V] relative to their spread over the vocabulary (L2 norms)."""
     logits, reference = logits.double(), reference.double()
     spread = (reference - reference.mean(dim=-1, keepdim=True)).norm()
     return float((logits - reference).norm() / spread.clamp_min(1e-30))

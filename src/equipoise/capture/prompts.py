@@ -27,7 +27,7 @@ CONTINUATIONS = tuple(f" {letter}" for letter in LETTERS)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A rendered prompt; `spans` are in characters, adjoin, and cover the text from 0 to its end."""
+    """A rendered prompt; `spans` are in characters, adjoin, and cover the whole text."""
 
     text: str
     spans: tuple[Span, ...]

@@ -17,7 +17,7 @@ from torch import nn
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """Model id, family, digest of its config, parameters, device and dtype."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     parameter = next(model.parameters(), None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     for key in ("_name_or_path", "transformers_version"):

@@ -1,4 +1,4 @@
-"""Rows to run: a question's ids as they are fed, its roles, and how rows come together in batches."""
+"""Rows to run: a question's ids as they are fed, its roles, and how rows are batched."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Row:
 
 
 def make_row(question: Question, encoded: Encoded, limit: int) -> Row:
-    """A row of at most `limit` tokens with its longest head; what is too long loses its beginning."""
+    """A row of at most `limit` tokens, longest head included; the rest is cut off on the left."""
     heads = tuple(dict.fromkeys(letter[:-1] for letter in encoded.continuations))
     cut = max(0, len(encoded.ids) + max(map(len, heads)) - limit)
     if cut >= len(encoded.ids):

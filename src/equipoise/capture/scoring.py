@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Forward:
-    """Calls a causal model on right-padded rows, with an explicit mask, for logits at chosen columns."""
+    """Calls a causal model on right-padded, masked rows for logits at chosen columns."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -52,13 +52,14 @@ class Forward:
             logits: Tensor = self.model(**inputs, logits_to_keep=columns_BM).logits
             return logits
         if self._by_column:
-            kept, columns_BM = columns_BM.unique(return_inverse=True)
-            inputs["logits_to_keep"] = kept
+            kept, place_BM = np.unique(columns, return_inverse=True)
+            inputs["logits_to_keep"] = torch.from_numpy(kept).to(self.device)
+            columns_BM = torch.from_numpy(place_BM.reshape(columns_BM.shape))
         logits = self.model(**inputs).logits
         return torch.take_along_dim(logits, columns_BM.to(logits.device)[..., None], dim=1)
 
     def prefill(self, row: NDArray[np.int32]) -> Any:
-        """Run one row; its key-value cache, or None where the model keeps none of the usual kind."""
+        """Run one row; its key-value cache, or None where the model returns none."""
         inputs = self._pad([row], 0)
         if self._by_column:
             inputs["logits_to_keep"] = 1

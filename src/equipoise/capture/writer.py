@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from equipoise.capture._kernels import narrow
 from equipoise.capture.buffers import Arena, Block, Pass
-from equipoise.capture.passes import RowInfo, Sequence_, unknown_rows
+from equipoise.capture.passes import RowInfo, RunSequence, unknown_rows
 from equipoise.errors import RoutingError
 from equipoise.trace.batches import Labels, Rows, counts_batch, tokens_batch
 from equipoise.trace.files import PartWriter
@@ -32,9 +32,11 @@ class WriterThread:
 
     def __init__(self, part: PartWriter, pinned: bool) -> None:
         self._part, self.manifest = part, part.manifest
-        self._full: queue.Queue[Arena | None] = queue.Queue(ARENAS)
+        self._full: queue.Queue[Arena | None] = queue.Queue(ARENAS + 1)
         self._free: queue.Queue[Arena] = queue.Queue(ARENAS)
-        for _ in range(ARENAS):
+        self.arena = Arena(pinned)
+        """The window that is being filled."""
+        for _ in range(ARENAS - 1):
             self._free.put(Arena(pinned))
         self._error: BaseException | None = None
         self._windows = _Windows(part.manifest)
@@ -42,14 +44,19 @@ class WriterThread:
         self._thread = threading.Thread(target=self._run, name="equipoise-writer", daemon=True)
         self._thread.start()
 
-    def arena(self) -> Arena:
-        """An empty arena; waits while the disk is behind. Raises the writer's error if it has one."""
-        self.check()
-        return self._free.get()
+    def rotate(self) -> list[RunSequence]:
+        """Hand over the window if it has enough rows; returns the sequences that went with it.
 
-    def submit(self, arena: Arena) -> None:
-        """Hand over a full arena."""
-        self._full.put(arena)
+        Called between passes. Waits while the disk is behind; raises the writer's error, if any.
+        """
+        self.check()
+        if self.arena.rows < self.manifest.window_tokens:
+            return []
+        gone = self.arena.sequences
+        self._full.put(self.arena)
+        self.arena = self._free.get()
+        self.check()
+        return gone
 
     def check(self) -> None:
         """Raise the writer's error, if it has one."""
@@ -57,7 +64,8 @@ class WriterThread:
             raise self._error
 
     def finish(self) -> None:
-        """Wait until everything is written. Raises the writer's error if it has one."""
+        """Hand over the last window and wait until all is written. Raises the writer's error."""
+        self._full.put(self.arena)
         self._full.put(None)
         self._thread.join()
         self.check()
@@ -168,7 +176,7 @@ def _describe(one: Pass, rows: int | None) -> RowInfo:
     return unknown_rows(rows or 0, sequences[0].number if len(sequences) == 1 else None)
 
 
-def _labels_of(info: RowInfo, sequences: Sequence[Sequence_], labels: dict[Labels, int]) -> Array:
+def _labels_of(info: RowInfo, sequences: Sequence[RunSequence], labels: dict[Labels, int]) -> Array:
     """The label number of each row; new labels are added to `labels`."""
     label_T = np.zeros(len(info.sequence_T), np.int64)
     number_of = {s.number: labels.setdefault(s.labels, len(labels)) for s in sequences}
@@ -194,7 +202,7 @@ def _empty_rows(count: int, layers: Sequence[Layer], full: bool) -> Rows:
     )
 
 
-def sequences_batch(sequences: Sequence[Sequence_]) -> pa.RecordBatch:
+def sequences_batch(sequences: Sequence[RunSequence]) -> pa.RecordBatch:
     """Sequences as a record batch of SEQUENCES_SCHEMA."""
     columns = []
     values: list[Any]

@@ -34,7 +34,10 @@ def report(
     if figures is not None:
         from equipoise.report.figures import write_figures
 
-        for figure in write_figures(trace, figures):
+        written = write_figures(trace, figures)
+        for figure in written:
             say(f"Wrote {figure} ({size_of(figure)})")
+        if not written:
+            say("No figures: this trace has neither layers nor answers.")
     write_html(trace, output)
     say(f"Wrote {output} ({size_of(output)}). Open it in a browser.")

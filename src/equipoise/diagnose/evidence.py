@@ -190,8 +190,8 @@ def _from_windows(trace: Trace) -> Evidence:
             tokens.append(np.zeros_like(trace.tokens_L))
         counts[-1] = counts[-1] + window.counts_LE
         tokens[-1] = tokens[-1] + window.tokens_L
-    counts_BLE = np.array(counts, np.int64).reshape(-1, *trace.counts_LE.shape)
-    tokens_BL = np.array(tokens, np.int64).reshape(-1, len(trace.layers))
+    counts_BLE = np.array(counts, np.int64).reshape(len(counts), *trace.counts_LE.shape)
+    tokens_BL = np.array(tokens, np.int64).reshape(len(tokens), len(trace.layers))
     return Evidence(
         "window",
         tuple(

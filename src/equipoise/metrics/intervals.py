@@ -2,7 +2,7 @@
 
 All of these measures are biased upward: noise makes the largest count larger. The bootstrap adds
 the same bias once more, so its percentiles lie above the truth (coverage 0-20 % near balance).
-What is used instead, each by its measured coverage (`benchmarks/coverage.py`, docs/concepts.md):
+What is used instead, each by its measured coverage (`benchmarks/interval_coverage.py`, docs/concepts.md):
 
 | measure | interval |
 |---|---|

@@ -31,18 +31,24 @@ _SWITCHES = ("enable_moe_block", "is_moe")
 def value(config: Any, *names: str) -> Any:
     """The first of the named attributes (or keys) that is there and not None, else None."""
     for name in names:
-        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        found = config.get(name) if isinstance(config, Mapping) else _attribute(config, name)
         if found is not None:
             return found
     return None
 
 
+def _attribute(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # a heterogeneous config tells some values for single layers only
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
 def count(config: Any, *names: str) -> int | None:
-    """`value` as an integer, the largest where it is a list with one number per kind."""
+    """`value` as an integer, the largest where it is a list with one number per kind or layer."""
     found = value(config, *names)
-    if isinstance(found, list | tuple) and found and all(isinstance(n, int) for n in found):
-        return int(max(found))
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+    numbers = found if isinstance(found, list | tuple) else [found]
+    return max((n for n in numbers if isinstance(n, int) and not isinstance(n, bool)), default=None)
 
 
 def parts(config: Any) -> Iterator[Any]:

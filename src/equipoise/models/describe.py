@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -83,14 +84,18 @@ def score_function(router: nn.Module | None, block: nn.Module, config: Any) -> s
 
 
 def _function_in_source(module: nn.Module) -> str | None:
+    kind: Any = type(module)
+    return _named_function(kind)
+
+
+@cache
+def _named_function(kind: Any) -> str | None:
     try:
-        source = inspect.getsource(type(module))
+        source = inspect.getsource(kind)
     except (OSError, TypeError):
         return None
-    for name in ("sparsemixer", "sqrtsoftplus", "sigmoid", "softmax"):
-        if name in source:
-            return name
-    return None
+    names = ("sparsemixer", "sqrtsoftplus", "sigmoid", "softmax")
+    return next((name for name in names if name in source), None)
 
 
 def selection_bias(router: nn.Module | None, block: nn.Module) -> bool:

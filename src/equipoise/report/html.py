@@ -31,7 +31,6 @@ Row = Mapping[str, Any]
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN_DEPARTURES = 15
-VERDICTS = ("dead", "cold", "specialist", "idle", "undetermined", "active")
 
 
 def write_html(trace: Trace, path: str | Path, *, idle: int | None = None) -> Path:
@@ -58,7 +57,7 @@ def render(content: Content) -> str:
         script=Markup(script),
         script_hash=_hash(script),
         data=Markup(embedded(page_data(content))),
-        definitions=DEFINITIONS,
+        definitions=DEFINITIONS if content.layers else DEFINITIONS[-1:],
         few=FEW,
     )
     return text
@@ -74,8 +73,10 @@ def embedded(rows: Any) -> str:
 
 def page_data(content: Content) -> dict[str, Any]:
     """What the script of the page draws from; numbers rounded to four significant digits."""
+    from equipoise.diagnose.dead import VERDICTS
+
     layers = [
-        _layer_data(*rows)
+        _layer_data(*rows, VERDICTS)
         for rows in zip(
             content.labels, content.layers, content.experts, content.verdicts, strict=True
         )
@@ -96,7 +97,9 @@ def page_data(content: Content) -> dict[str, Any]:
     }
 
 
-def _layer_data(label: str, row: Row, experts: list[Row], verdicts: list[Row]) -> dict[str, Any]:
+def _layer_data(
+    label: str, row: Row, experts: list[Row], verdicts: list[Row], names: tuple[str, ...]
+) -> dict[str, Any]:
     bounds = [expert["ratio_interval"] or (None, None) for expert in experts]
     return {
         "label": label,
@@ -113,7 +116,7 @@ def _layer_data(label: str, row: Row, experts: list[Row], verdicts: list[Row]) -
         "upper": [_short(verdict["share_upper"]) for verdict in verdicts],
         "idle": [verdict["longest_idle"] for verdict in verdicts],
         "now": [verdict["current_idle"] for verdict in verdicts],
-        "verdict": [VERDICTS.index(verdict["verdict"]) for verdict in verdicts],
+        "verdict": [names.index(verdict["verdict"]) for verdict in verdicts],
         "serves": {
             verdict["expert"]: ", ".join(x["name"] for x in verdict["where"])
             for verdict in verdicts
@@ -222,7 +225,7 @@ def key_figures(content: Content) -> list[dict[str, str]]:
         )
     speed = content.meta.get("tokens_per_second")
     if speed:
-        keys.append(_key("speed", f"{words.compact(speed)} tokens/s", "recording on"))
+        keys.append(_key("speed", words.compact(speed), "tokens/s, recording on"))
     return keys
 
 

@@ -216,6 +216,7 @@ function drawLoad() {
 function drawGroups() {
   const key = byId("group-key").value, l = Number(byId("group-layer").value);
   const group = data.groups[key], layer = data.layers[l], total = sum(layer.counts);
+  byId("group-title").textContent = `Load by ${key}`;
   const rows = group.names.map((name, g) => {
     const counts = group.counts[g][l], here = sum(counts);
     const cells = counts.map((count, e) => {
@@ -259,7 +260,7 @@ function drawMaxVio() {
   const low = log ? least / 1.6 : 0, high = log ? top * 1.3 : top * 1.06;
   const y = (v) => { const t = log ? Math.log(Math.max(v, low) / low) / Math.log(high / low) : v / high; return box.bottom - t * (box.bottom - box.top); };
   const step = (box.right - box.left) / data.layers.length, x = (i) => box.left + (i + 0.5) * step;
-  const svg = make(host, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "MaxVio of every layer with its interval, against its floor; the numbers are in the table of layers" });
+  const svg = make(host, "svg", { viewBox: `0 0 ${width} ${height}`, style: `max-width: ${width}px`, role: "img", "aria-label": "MaxVio of every layer with its interval, against its floor; the numbers are in the table of layers" });
   for (const v of ticksOf(low || high / 1e6, high, log)) {
     make(svg, "line", { class: "gridline", x1: box.left, x2: box.right, y1: y(v), y2: y(v) });
     make(svg, "text", { x: box.left - 8, y: y(v) + 4, "text-anchor": "end" }, String(v));
@@ -307,7 +308,7 @@ function drawLorenz() {
   }).filter(Boolean);
   if (!rows.length) { make(host, "p", { class: "note" }, "No selections."); return; }
   const left = 40, top = 8, x = (t) => left + t * size, y = (t) => top + (1 - t) * size;
-  const svg = make(host, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Lorenz curve of the load of every layer; Gini coefficients are in the table of layers" });
+  const svg = make(host, "svg", { viewBox: `0 0 ${width} ${height}`, style: `max-width: ${width}px`, role: "img", "aria-label": "Lorenz curve of the load of every layer; Gini coefficients are in the table of layers" });
   for (const t of [0, 0.25, 0.5, 0.75, 1]) {
     make(svg, "line", { class: "gridline", x1: x(0), x2: x(1), y1: y(t), y2: y(t) });
     make(svg, "text", { x: left - 7, y: y(t) + 4, "text-anchor": "end" }, String(t));
@@ -348,7 +349,7 @@ function drawAccuracy() {
   host.replaceChildren();
   const step = narrow ? 34 : 19, left = narrow ? 6 : 270, right = width - 12, top = 24;
   const height = top + rows.length * step + 30 + 24, x = (v) => left + v * (right - left);
-  const svg = make(host, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Accuracy by subject with intervals; the same is in the table below" });
+  const svg = make(host, "svg", { viewBox: `0 0 ${width} ${height}`, style: `max-width: ${width}px`, role: "img", "aria-label": "Accuracy by subject with intervals; the same is in the table below" });
   const bottom = height - 26;
   for (const v of [0, 0.25, 0.5, 0.75, 1]) {
     make(svg, "line", { class: v === data.chance ? "guess" : "gridline", x1: x(v), x2: x(v), y1: top - 6, y2: bottom });

@@ -1,6 +1,6 @@
 """Coverage of the 95 % intervals: how often they hold the truth, simulated (docs/concepts.md).
 
-    python benchmarks/coverage.py [--repeats 400] [--only max_vio]
+    python benchmarks/interval_coverage.py [--repeats 400] [--only max_vio]
 
 Documents with their own tastes are drawn around a known distribution over experts: each has a
 Dirichlet(strength x p) distribution and a log-normal number of tokens. From their counts the

@@ -1,0 +1,80 @@
+"""The sequences of a run: announced by a runner, or worked out from the passes of a user's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from equipoise.capture.buffers import Arena
+from equipoise.capture.passes import Inferred, RunSequence, past_length
+from equipoise.errors import EquipoiseError
+
+
+class SequenceBook:
+    """Gives sequences their numbers, and forgets them when they are done."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._known: dict[int, RunSequence] = {}
+        self._live: list[RunSequence] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, number: int) -> RunSequence:
+        try:
+            return self._known[number]
+        except KeyError:
+            raise EquipoiseError(f"No sequence {number}: announce it with add_sequence.") from None
+
+    def new(self, values: dict[str, Any], codes: Any = None) -> RunSequence:
+        """A sequence with these labels, and the role code of each position."""
+        sequence = RunSequence(self._next, values, codes)
+        self._next += 1
+        self._known[sequence.number] = sequence
+        return sequence
+
+    def infer(self, arguments: Mapping[str, Any], shape: tuple[int, int] | None) -> Inferred:
+        """What the arguments of a pass say: rows are sequences, a cache goes on with the last ones."""
+        batch, width = shape or (1, 0)
+        mask = arguments.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        past = past_length(arguments, width, mask)
+        if not past or len(self._live) != batch:
+            self._known = {}  # a long run must not remember every sequence
+            self._live = [self.new({}) for _ in range(batch)]
+        if mask is not None:
+            mask = mask.detach().to("cpu", non_blocking=True)
+        return Inferred(list(self._live), past, mask)
+
+    def forget_written(self, sequences: Sequence[RunSequence]) -> None:
+        """Drop those with results, once their window was handed over: a run may be long."""
+        for sequence in sequences:
+            if "correct" in sequence.values:
+                self._known.pop(sequence.number, None)
+
+
+def keep(arena: Arena, sequences: Sequence[RunSequence]) -> None:
+    """Have these sequences written with the arena's window, each once."""
+    have = {sequence.number for sequence in arena.sequences}
+    arena.sequences += [s for s in sequences if s.number not in have]
+
+
+def drop_unfinished(arena: Arena) -> None:
+    """Leave out questions that ran but have no result: a resumed run will ask them again."""
+    lost = {
+        sequence.number
+        for one in arena.passes
+        if any(_unfinished(sequence) for sequence in one.describe.sequences)
+        for sequence in one.describe.sequences
+    }
+    arena.passes = [
+        one for one in arena.passes if not any(s.number in lost for s in one.describe.sequences)
+    ]
+    arena.sequences = [s for s in arena.sequences if s.number not in lost]
+
+
+def _unfinished(sequence: RunSequence) -> bool:
+    return sequence.values.get("question") is not None and "correct" not in sequence.values
