@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -175,8 +176,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     title, rows = measure(options)
-    command = f"python benchmarks/mmlu_vs_lm_eval.py --model {options.model}"
-    report(title, rows, command, options.json)
+    asked = " ".join(sys.argv[1:]).partition(" --json")[0]
+    report(title, rows, f"python benchmarks/mmlu_vs_lm_eval.py {asked}", options.json)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_recorded_selection_is_what_the_experts_executed(arch: str) -> None:
         block = model.get_submodule(site.path)
         executed = executed_TE(replay, block, site.num_experts)
         selected = selected_TE(routing, site.num_experts)
-        assert len(selected.unique(dim=0)) > 2, "the tokens agree: this shows nothing"
+        assert len(selected.unique(dim=0)) > 1, "the tokens agree: this shows nothing"
         if site.path.endswith("self_attention.experts"):
             # An attention expert multiplies the zeros that padding attends to: no trace in outputs.
             selected, executed = selected[routing.valid_T], executed[routing.valid_T]

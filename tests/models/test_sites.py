@@ -175,9 +175,9 @@ def test_cached_generation_routes_as_the_whole_sequence_does(arch: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["mixtral", "deepseek_v3", "zaya"])
+@pytest.mark.parametrize("arch", ["mixtral", "zaya"])
 def test_compiled_model_delivers_what_the_eager_one_does(arch: str) -> None:
-    model = build(arch)
+    model = build(arch, num_hidden_layers=2)
     randomise_routing(model)
     sites = discover(model)
     inputs = {"input_ids": torch.randint(3, 250, (2, 16)), "use_cache": False}

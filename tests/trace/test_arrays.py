@@ -173,7 +173,7 @@ def test_an_unknown_name_suggests_the_nearest(
         labelled[2].select(phase="prefil")
     with pytest.raises(EquipoiseError, match="No MoE layer 9 in this trace; it has 0, 1, 2"):
         labelled[2].select(layers=9)
-    with pytest.raises(EquipoiseError, match="not grouped by 'subjects'.*Did you mean 'subject'"):
+    with pytest.raises(EquipoiseError, match=r"not grouped by 'subjects'.*Did you mean 'subject'"):
         labelled[2].groups("subjects")
 
 

@@ -183,13 +183,8 @@ def _aligned(trace: Trace, stack: str) -> Iterator[pa.RecordBatch]:
     layers = [layer for layer in trace.layers if layer.stack == stack]
     indices = [i for i, layer in enumerate(trace.layers) if layer.stack == stack]
     level = trace.meta["level"]
-    for part, offset in trace._offsets():
-        keep = trace._row_filter(part)
-        for batch in part.tokens(part.manifest.stacks.index(stack)):
-            found = trace._token_batch(
-                part, part.manifest.stacks.index(stack), batch, offset, keep, "all"
-            )
-            assert found is not None
+    for _, reader in trace._readers():
+        for found in reader.batches(stack):
             yield tokens_batch(_rows(found, indices), layers, level)
 
 

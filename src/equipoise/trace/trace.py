@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,11 @@ import pyarrow.compute as pc
 from equipoise.errors import EquipoiseError, TraceError, nearest
 from equipoise.metrics.counting import count_ids
 from equipoise.trace.files import list_column
+from equipoise.trace.labels import accuracy, is_in, next_number, sequence_table
 from equipoise.trace.parts import Part
-from equipoise.trace.schema import (
-    LABELS,
-    NO_SEQUENCE,
-    PHASES,
-    ROLES,
-    SEQUENCES_SCHEMA,
-    Layer,
-    Manifest,
-)
+from equipoise.trace.provenance import merged
+from equipoise.trace.rows import RowReader, TokenBatch, Where
+from equipoise.trace.schema import LABELS, SEQUENCES_SCHEMA, Layer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,31 +41,26 @@ class Window:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Stored token rows of the layers of one stack, in recorded order, the view's filter applied."""
+class _Sums:
+    counts_LE: Array
+    tokens_L: Array
+    unrouted_L: Array
+    rows: int
 
-    start: int
-    """Number of this batch's first row among the rows of its stack in the view."""
-    sequence_T: Array
-    """int64; rows of one document share it. NO_SEQUENCE (2**32 - 1) where unknown."""
-    position_T: Array
-    phase_T: Array
-    """Index into PHASES."""
-    role_T: Array
-    """Index into ROLES."""
-    ids: dict[int, Array]
-    """Position in `trace.layers` -> ids [T, K], uint8 or uint16; the dtype's largest value: no expert."""
-    weights: dict[int, Array] | None = None
-    """... -> routing weights [T, K] as the model used them, at level "full"."""
-    margins: dict[int, Array] | None = None
-    """... -> [T] lowest selected minus highest unselected score, at level "full"."""
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.counts_LE + other.counts_LE,
+            self.tokens_L + other.tokens_L,
+            self.unrouted_L + other.unrouted_L,
+            self.rows + other.rows,
+        )
 
 
 @dataclass(frozen=True)
 class _View:
     """What of the trace is looked at: allowed values by key, and positions in the stored layers."""
 
-    where: Mapping[str, frozenset[Value]]
+    where: Where
     layers: tuple[int, ...]
 
 
@@ -97,19 +87,7 @@ class Trace:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """Provenance of the run: model, versions, task, level, status, speed, memory."""
-        manifests = [part.manifest for part in self._parts]
-        first = manifests[0]
-        meta: dict[str, Any] = {**first.meta, "level": first.level, "every": first.every}
-        last = {m.rank: m.status for m in manifests}
-        complete = set(last.values()) == {"complete"} and not _missing_ranks(manifests)
-        meta["status"] = "complete" if complete else "partial"
-        meta["missing_ranks"] = _missing_ranks(manifests)
-        meta["window_tokens"] = first.window_tokens
-        meta["world_size"] = first.world_size
-        meta["sessions"] = 1 + max(m.session for m in manifests)
-        if len(manifests) > 1:
-            meta.update(_merge_figures(manifests))
-        return meta
+        return merged([part.manifest for part in self._parts])
 
     @cached_property
     def counts_LE(self) -> NDArray[np.int64]:
@@ -147,29 +125,19 @@ class Trace:
         tables = []
         offset = 0
         for part in self._counted_parts():
-            table = _last_of_each(pa.Table.from_batches(part.sequences(), SEQUENCES_SCHEMA))
+            table = sequence_table(part)
             numbers = pc.add(table["sequence"], pa.scalar(offset, pa.int64()))
             tables.append(table.set_column(0, SEQUENCES_SCHEMA.field(0), numbers))
-            offset += _next_sequence(table)
+            offset += next_number(table)
         table = pa.concat_tables(tables)
         for key in LABELS:
             if key in self._view.where:
-                table = table.filter(_is_in(table[key], self._view.where[key]))
+                table = table.filter(is_in(table[key], self._view.where[key]))
         return table
 
     def accuracy(self) -> dict[str, Any] | None:
         """Right answers over all questions, by subject and by category; None without questions."""
-        table = self.sequences
-        table = table.filter(pc.is_valid(table["correct"]))
-        if not table.num_rows:
-            return None
-        right = np.asarray(table["correct"].to_pylist(), bool)
-        result: dict[str, Any] = {"overall": _score(right)}
-        for key in ("subject", "category"):
-            names = np.asarray(table[key].to_pylist(), object)
-            known = [name for name in dict.fromkeys(names) if name is not None]
-            result[key] = {name: _score(right[names == name]) for name in known}
-        return result
+        return accuracy(self.sequences)
 
     # -- views ---------------------------------------------------------------------------------
 
@@ -259,13 +227,11 @@ class Trace:
                 'This trace holds no token rows: it was recorded at level "counts".'
                 ' Record with level="ids" to ask for single tokens.'
             )
-        starts: dict[int, int] = {}
-        for part, offset in self._offsets():
-            keep = self._row_filter(part)
-            for stack in range(len(part.manifest.stacks)):
-                for batch in part.tokens(stack):
-                    tokens = self._token_batch(part, stack, batch, offset, keep, columns)
-                    if tokens is not None and len(tokens.sequence_T):
+        starts: dict[str, int] = {}
+        for part, reader in self._readers():
+            for stack in part.manifest.stacks:
+                for tokens in reader.batches(stack, columns):
+                    if len(tokens.sequence_T):
                         start = starts.get(stack, 0)
                         starts[stack] = start + len(tokens.sequence_T)
                         yield replace(tokens, start=start)
@@ -337,19 +303,19 @@ class Trace:
     def _counted_parts(self) -> list[Part]:
         return [part for part in self._parts if part.manifest.data_rank == part.manifest.rank]
 
-    def _offsets(self) -> Iterator[tuple[Part, int]]:
-        """Each part with what is added to its sequence numbers to make them unique."""
+    def _readers(self) -> Iterator[tuple[Part, RowReader]]:
+        """Each part with a reader of its rows; parts after the first shift sequence numbers."""
         offset = 0
         for part in self._counted_parts():
-            yield part, offset
-            offset += _next_sequence(pa.Table.from_batches(part.sequences(), SEQUENCES_SCHEMA))
+            yield part, RowReader(part, offset, self.layers, self._view.where)
+            offset += next_number(sequence_table(part))
 
     def _filtered_counts(self) -> Iterator[tuple[Part, pa.RecordBatch]]:
         for part in self._counted_parts():
             for batch in part.counts():
                 mask = np.ones(batch.num_rows, bool)
                 for key, allowed in self._view.where.items():
-                    mask &= _is_in(batch.column(key), allowed).to_numpy(zero_copy_only=False)
+                    mask &= is_in(batch.column(key), allowed).to_numpy(zero_copy_only=False)
                 yield part, batch if mask.all() else batch.filter(pa.array(mask))
 
     def _sum(self, part: Part, batch: pa.RecordBatch) -> _Sums:
@@ -385,137 +351,6 @@ class Trace:
                     f" selections for {tokens:,} tokens and top-{layer.top_k}."
                 )
         return total
-
-    def _row_filter(self, part: Part) -> Callable[[pa.RecordBatch], Array] | None:
-        """A function from a tokens batch to the rows of the view; None when every row belongs."""
-        where = self._view.where
-        if not where:
-            return None
-        allowed = {
-            key: np.array([name in where[key] for name in names])
-            for key, names in (("role", ROLES), ("phase", PHASES))
-            if key in where
-        }
-        labelled = None
-        if any(key in where for key in LABELS):
-            table = _last_of_each(pa.Table.from_batches(part.sequences(), SEQUENCES_SCHEMA))
-            keep = np.ones(table.num_rows, bool)
-            for key in LABELS:
-                if key in where:
-                    keep &= _is_in(table[key], where[key]).to_numpy(zero_copy_only=False)
-            labelled = np.zeros(_next_sequence(table) + 1, bool)
-            labelled[table["sequence"].to_numpy()[keep]] = True
-
-        def rows(batch: pa.RecordBatch) -> Array:
-            mask = np.ones(batch.num_rows, bool)
-            for key, codes in allowed.items():
-                mask &= codes[batch.column(key).to_numpy()]
-            if labelled is not None:
-                numbers = np.minimum(batch.column("sequence").to_numpy(), len(labelled) - 1)
-                mask &= labelled[numbers]
-            return mask
-
-        return rows
-
-    def _token_batch(
-        self,
-        part: Part,
-        stack: int,
-        batch: pa.RecordBatch,
-        offset: int,
-        keep: Callable[[pa.RecordBatch], Array] | None,
-        columns: str,
-    ) -> TokenBatch | None:
-        name = part.manifest.stacks[stack]
-        here = {i: layer for i, layer in enumerate(self.layers) if layer.stack == name}
-        if not here:
-            return None
-        mask = keep(batch) if keep is not None else None
-        rows = slice(None) if mask is None or mask.all() else mask
-        sequence = batch.column("sequence").to_numpy().astype(np.int64)[rows]
-        sequence = np.where(sequence == NO_SEQUENCE, sequence, sequence + offset)
-        full = part.manifest.level == "full" and columns == "all"
-        return TokenBatch(
-            start=0,
-            sequence_T=sequence,
-            position_T=batch.column("position").to_numpy()[rows],
-            phase_T=batch.column("phase").to_numpy()[rows],
-            role_T=batch.column("role").to_numpy()[rows],
-            ids={i: list_column(batch, layer.name)[rows] for i, layer in here.items()},
-            weights={i: list_column(batch, f"weights:{x.name}")[rows] for i, x in here.items()}
-            if full
-            else None,
-            margins={i: batch.column(f"margin:{x.name}").to_numpy()[rows] for i, x in here.items()}
-            if full
-            else None,
-        )
-
-
-@dataclass(frozen=True)
-class _Sums:
-    counts_LE: Array
-    tokens_L: Array
-    unrouted_L: Array
-    rows: int
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.counts_LE + other.counts_LE,
-            self.tokens_L + other.tokens_L,
-            self.unrouted_L + other.unrouted_L,
-            self.rows + other.rows,
-        )
-
-
-def _last_of_each(table: pa.Table) -> pa.Table:
-    """The last row of each sequence: results are written after labels, and replace them."""
-    numbers = table["sequence"].to_numpy()
-    _, from_end = np.unique(numbers[::-1], return_index=True)
-    return table.take(pa.array(np.sort(len(numbers) - 1 - from_end)))
-
-
-def _next_sequence(table: pa.Table) -> int:
-    return int(pc.max(table["sequence"]).as_py() or 0) + 1 if table.num_rows else 0
-
-
-def _is_in(column: pa.Array, allowed: Iterable[Value]) -> pa.Array:
-    return pc.is_in(column, value_set=pa.array(sorted(v for v in allowed if v), pa.string()))
-
-
-def _score(right: Array) -> dict[str, Any]:
-    correct, questions = int(right.sum()), len(right)
-    return {"correct": correct, "questions": questions, "accuracy": correct / questions}
-
-
-def _missing_ranks(manifests: Sequence[Manifest]) -> list[int]:
-    have = {m.rank for m in manifests}
-    return [rank for rank in range(manifests[0].world_size) if rank not in have]
-
-
-def _merge_figures(manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """Sessions of a rank follow each other, ranks run side by side."""
-    merged: dict[str, Any] = {}
-    metas = [m.meta for m in manifests]
-    for key, combine in (
-        ("recorded_tokens", sum),
-        ("peak_host_bytes", max),
-        ("peak_device_bytes", max),
-        ("started", min),
-        ("ended", max),
-    ):
-        values = [meta[key] for meta in metas if meta.get(key) is not None]
-        if values:
-            merged[key] = combine(values)
-    speeds = []
-    for rank in {m.rank for m in manifests if m.rank == m.data_rank}:
-        mine = [m.meta for m in manifests if m.rank == rank and m.meta.get("seconds")]
-        seconds = sum(meta["seconds"] for meta in mine)
-        if seconds:
-            speeds.append(sum(meta["recorded_tokens"] for meta in mine) / seconds)
-            merged["seconds"] = max(seconds, merged.get("seconds", 0.0))
-    if speeds:
-        merged["tokens_per_second"] = round(sum(speeds), 1)
-    return merged
 
 
 __all__ = ["KEYS", "TokenBatch", "Trace", "Window"]
