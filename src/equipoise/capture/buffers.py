@@ -91,6 +91,8 @@ class Pass:
     shape: tuple[int, int] | None
     blocks: dict[int, Block] = field(default_factory=dict)
     """Position in the trace's layers -> block."""
+    decoder: tuple[Describes, tuple[int, int]] | None = None
+    """How to tell the rows of a decoder that has tokens of its own, beside an encoder's."""
     events: list[Any] = field(default_factory=list)
 
     def wait(self) -> None:

@@ -44,6 +44,8 @@ class Listener:
         self.model, self._sites = model, sites
         self._layers, self._full = manifest.layers, manifest.level == "full"
         self._writer, self._book, self.clock = writer, book, clock
+        config = getattr(_plain(model), "config", None)
+        self._two_stacks = bool(getattr(config, "is_encoder_decoder", False))
         self._checks = {_last_of_stack(manifest.layers, stack) for stack in manifest.stacks}
         self.batch: Batch | None = None
         """What a runner says of the next passes; None: infer it from their arguments."""
@@ -56,10 +58,7 @@ class Listener:
 
     def attach(self) -> None:
         """Put hooks on the model: around its forward pass, and at every router."""
-        inner = getattr(_plain(self.model), "base_model", None)
-        self._roots = [self.model]
-        if isinstance(inner, nn.Module) and inner is not _plain(self.model):
-            self._roots.append(inner)
+        self._roots = [self.model, *_inner_models(_plain(self.model))]
         for root in self._roots:
             begin = root.register_forward_pre_hook(self._begin, with_kwargs=True)
             end = root.register_forward_hook(self._end, always_call=True)
@@ -98,6 +97,8 @@ class Listener:
             describe = self._book.infer(arguments, shape)
             keep(self._writer.arena, describe.sequences)
         self._pass = Pass(describe, shape)
+        if self._two_stacks and self.batch is None:
+            self._pass.decoder = self._book.infer_decoder(arguments)
 
     def _hear(self, index: int, routing: Routing) -> None:
         if _recomputing():
@@ -177,6 +178,16 @@ def _plain(model: nn.Module) -> nn.Module:
     """The module inside a torch.compile wrapper."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _inner_models(model: nn.Module) -> list[nn.Module]:
+    """Modules that code may call in place of the whole: the base model, an encoder."""
+    found = [getattr(model, "base_model", None)]
+    encoder = getattr(model, "get_encoder", None)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and callable(encoder):
+        found.append(encoder())  # generate() runs it by itself
+    return [inner for inner in found if isinstance(inner, nn.Module) and inner is not model]
 
 
 def _recomputing() -> bool:

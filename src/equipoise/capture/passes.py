@@ -139,8 +139,6 @@ def batch_shape(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     ids = arguments.get("input_ids")
     if ids is None:
         ids = arguments.get("inputs_embeds")
-    if ids is None:
-        ids = arguments.get("decoder_input_ids")
     if ids is None or not hasattr(ids, "shape") or len(ids.shape) < 2:
         return None
     return int(ids.shape[0]), int(ids.shape[1])

@@ -106,7 +106,7 @@ class Recorder:
         ranks: Ranks,
     ) -> None:
         self.path, self.model = path, model
-        layers = name_layers([_layer(site) for site in sites])
+        layers = name_layers([_layer(site, _stack(site, sites)) for site in sites])
         by_path = {site.path: site for site in sites}
         self._sites = [by_path[layer.path] for layer in layers]
         self._manifest = Manifest(
@@ -287,14 +287,25 @@ class Recorder:
         keep(self._writer.arena, [found])
 
 
-def _layer(site: RouterSite) -> Layer:
+def _layer(site: RouterSite, stack: str) -> Layer:
     return Layer(
         site.layer,
         site.path,
         site.num_experts,
         site.top_k,
-        stack=site.stack,
+        stack=stack,
         score_function=site.score_function,
         selection_bias=site.selection_bias,
         shared_experts=site.shared_experts,
     )
+
+
+def _stack(site: RouterSite, sites: Sequence[RouterSite]) -> str:
+    """The site's stack; where a layer has several routers, each kind is a stack of its own.
+
+    They need not see the same rows: ERNIE 4.5 VL has one router for text and one for images.
+    """
+    beside = [s for s in sites if s.stack == site.stack and s.layer == site.layer]
+    if len(beside) == 1:
+        return site.stack
+    return f"{site.stack}.*.{site.path.removeprefix(site.stack).split('.', 2)[-1]}"

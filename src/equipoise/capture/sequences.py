@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from equipoise.capture.buffers import Arena
-from equipoise.capture.passes import Inferred, RunSequence, past_length
+from equipoise.capture.passes import Inferred, RunSequence, batch_shape, past_length
 from equipoise.errors import EquipoiseError
 
 
@@ -41,13 +41,31 @@ class SequenceBook:
         batch, width = shape or (1, 0)
         mask = arguments.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        past = past_length(arguments, width, mask)
-        if not past or len(self._live) != batch:
+        past = past_length(arguments, width, mask) if shape is not None else 0
+        encoded = arguments.get("encoder_outputs") is not None and shape is None
+        if not (past or encoded) or (len(self._live) != batch and not encoded):
             self._known = {}  # a long run must not remember every sequence
             self._live = [self.new({}) for _ in range(batch)]
         if mask is not None:
             mask = mask.detach().to("cpu", non_blocking=True)
         return Inferred(list(self._live), past, mask)
+
+    def infer_decoder(
+        self, arguments: Mapping[str, Any]
+    ) -> tuple[Inferred, tuple[int, int]] | None:
+        """The same for the decoder's own tokens; they belong to the sequences of the encoder's."""
+        given = {
+            "input_ids": arguments.get("decoder_input_ids"),
+            "inputs_embeds": arguments.get("decoder_inputs_embeds"),
+        }
+        shape = batch_shape(given)
+        if shape is None:
+            return None
+        mask = arguments.get("decoder_attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        past = past_length(arguments, shape[1], mask)
+        host = None if mask is None else mask.detach().to("cpu", non_blocking=True)
+        return Inferred(list(self._live), past, host), shape
 
     def forget_written(self, sequences: Sequence[RunSequence]) -> None:
         """Drop those with results, once their window was handed over: a run may be long."""

@@ -122,7 +122,8 @@ class _Windows:
         for one in passes:
             blocks = [one.blocks[i] for i in indices if i in one.blocks]
             if blocks or not indices:
-                info = _describe(one, blocks[0].rows if blocks else None)
+                stack = self._layers[indices[0]].stack if indices else ""
+                info = _describe(one, blocks[0].rows if blocks else None, stack)
                 label_T = _labels_of(info, one.describe.sequences, labels)
                 taken.append((info, label_T, blocks))
         kept = [int(info.keep_T.sum()) for info, _, _ in taken]
@@ -169,10 +170,13 @@ def _impossible(ids_K: Array, layer: Layer) -> int:
     return int(ids_K[(ids_K < -1) | (ids_K >= layer.experts)][0])
 
 
-def _describe(one: Pass, rows: int | None) -> RowInfo:
-    if one.shape is not None and rows in (None, one.shape[0] * one.shape[1]):
-        return one.describe.rows(one.shape)
-    sequences = one.describe.sequences
+def _describe(one: Pass, rows: int | None, stack: str) -> RowInfo:
+    describe, shape = one.describe, one.shape
+    if "decoder" in stack and one.decoder is not None:
+        describe, shape = one.decoder
+    if shape is not None and rows in (None, shape[0] * shape[1]):
+        return describe.rows(shape)
+    sequences = describe.sequences
     return unknown_rows(rows or 0, sequences[0].number if len(sequences) == 1 else None)
 
 

@@ -48,7 +48,7 @@ def jetmoe(scan: Scan, path: str, router: Any) -> RouterSite:
         def at_router(_: nn.Module, __: Any, output: Any) -> None:
             order, _batch, gates, sizes, logits_TE = output
             of_slot = torch.arange(num_experts, device=order.device).repeat_interleave(
-                torch.tensor(sizes, device=order.device)
+                torch.tensor(sizes, device=order.device), output_size=order.numel()
             )
             ids = torch.empty_like(order).scatter_(0, order, of_slot)
             weights = torch.empty_like(gates).scatter_(0, order, gates)

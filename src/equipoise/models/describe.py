@@ -33,7 +33,7 @@ def leading_dimensions(experts: nn.Module) -> set[int]:
 
 
 def num_experts(experts: nn.Module, config: Any, path: str) -> int:
-    """Experts of a layer, from config, module and weights, which have to agree.
+    """Experts of a layer: as the module says, else the config; its weights have to agree.
 
     Expert parallelism leaves a share of the weights in each process: there the config decides.
     """
