@@ -29,6 +29,8 @@ class RunSequence:
     values: dict[str, Any] = field(default_factory=dict)
     role_codes: Array | None = None
     """Role of each position, uint8; None where no roles were given."""
+    done: bool = False
+    """Its runner has said that nothing more comes."""
 
     @property
     def labels(self) -> Labels:

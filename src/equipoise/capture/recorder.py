@@ -278,12 +278,13 @@ class Recorder:
             self._listener.batch = None
 
     def complete(self, sequence: int, **results: Any) -> None:
-        """Add the results of a question: answer, choice, correct, loglikelihoods."""
+        """End a sequence, with its results if it has: answer, choice, correct, loglikelihoods."""
         unknown = sorted(set(results) - set(_RESULTS))
         if unknown:
             raise EquipoiseError(f"No result {unknown[0]!r}: allowed are {', '.join(_RESULTS)}.")
         found = self._book[sequence]
         found.values.update(results)
+        found.done = True
         keep(self._writer.arena, [found])
 
 

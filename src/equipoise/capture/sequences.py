@@ -68,9 +68,9 @@ class SequenceBook:
         return Inferred(list(self._live), past, host), shape
 
     def forget_written(self, sequences: Sequence[RunSequence]) -> None:
-        """Drop those with results, once their window was handed over: a run may be long."""
+        """Drop those that are done, once their window was handed over: a run may be long."""
         for sequence in sequences:
-            if "correct" in sequence.values:
+            if sequence.done:
                 self._known.pop(sequence.number, None)
 
 
@@ -81,7 +81,10 @@ def keep(arena: Arena, sequences: Sequence[RunSequence]) -> None:
 
 
 def drop_unfinished(arena: Arena) -> None:
-    """Leave out questions that ran but have no result: a resumed run will ask them again."""
+    """Leave out what was under way: questions without a result, sequences that did not get to run.
+
+    A resumed run will ask them again.
+    """
     lost = {
         sequence.number
         for one in arena.passes
@@ -91,8 +94,9 @@ def drop_unfinished(arena: Arena) -> None:
     arena.passes = [
         one for one in arena.passes if not any(s.number in lost for s in one.describe.sequences)
     ]
-    arena.sequences = [s for s in arena.sequences if s.number not in lost]
+    ran = {sequence.number for one in arena.passes for sequence in one.describe.sequences}
+    arena.sequences = [s for s in arena.sequences if s.number in ran or s.done]
 
 
 def _unfinished(sequence: RunSequence) -> bool:
-    return sequence.values.get("question") is not None and "correct" not in sequence.values
+    return sequence.values.get("question") is not None and not sequence.done
