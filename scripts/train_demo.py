@@ -65,7 +65,7 @@ CARD = """\
 
 An `OlmoeForCausalLM` to try Equipoise on without a download or a GPU. It was trained on twelve
 text domains **without any balancing term** (`router_aux_loss_coef` 0, no bias update), so some
-of its experts carry several times the mean load, a few are nearly idle, and which ones are busy
+of its experts carry two to four times the mean load, a few are nearly idle, and which ones are busy
 depends on the domain.
 
 **Not for**: writing text, answering questions, judging or filtering anything, or as a starting
