@@ -257,7 +257,7 @@ class Trace:
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write this trace, or this view, as one part into a new folder; returns the folder."""
-        from equipoise.trace.merge import save
+        from equipoise.trace.save import save
 
         return save(self, Path(path), force)
 
