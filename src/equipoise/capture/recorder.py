@@ -24,7 +24,7 @@ from equipoise.errors import EquipoiseError, RoutingError, TraceError, nearest
 from equipoise.models import RouterSite, discover
 from equipoise.trace.files import Lock, PartWriter, prepare_folder
 from equipoise.trace.merge import open_trace, read_manifests
-from equipoise.trace.schema import LEVELS, WINDOW_TOKENS, Layer, Manifest, name_layers
+from equipoise.trace.schema import LEVELS, OFF, WINDOW_TOKENS, Layer, Manifest, name_layers
 
 _RESULTS = ("answer", "choice", "correct", "loglikelihoods")
 
@@ -67,7 +67,7 @@ def record(
             NaN, or a layer that was not seen, in the forward pass after it happened.
         TraceError: a folder that cannot be written.
     """
-    if os.environ.get("EQUIPOISE_TRACE", "").lower() in ("off", "0", "false", "no"):
+    if os.environ.get("EQUIPOISE_TRACE", "").lower() in OFF:
         return Off()
     if level not in LEVELS:
         raise EquipoiseError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,8 +110,11 @@ def trace(
         experts_implementation=experts,
     )
     import torch
+    from transformers.utils import logging
 
     from equipoise.capture.recorder import record
+
+    logging.set_verbosity_error()  # what matters to the user is in the notes
 
     if threads:
         torch.set_num_threads(threads)
@@ -160,13 +164,17 @@ def trace(
 def _check(output: Path, task: str, level: str, force: bool, resume: bool) -> None:
     """Everything that can be known before torch is loaded."""
     from equipoise.errors import EquipoiseError, nearest
-    from equipoise.trace.schema import LEVELS
+    from equipoise.trace.schema import LEVELS, OFF
 
     for name, value, allowed in (("task", task, ("mmlu", "text")), ("level", level, LEVELS)):
         if value not in allowed:
             raise EquipoiseError(
                 f"No {name} {value!r}: allowed are {', '.join(allowed)}." + nearest(value, allowed)
             )
+    if os.environ.get("EQUIPOISE_TRACE", "").lower() in OFF:
+        raise EquipoiseError(
+            "EQUIPOISE_TRACE=off is set in the environment, so nothing would be recorded: unset it."
+        )
     if force and resume:
         raise EquipoiseError("--force and --resume exclude each other: overwrite, or go on.")
     if (output / "trace.json").exists() and not (force or resume):

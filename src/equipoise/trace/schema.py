@@ -18,6 +18,8 @@ LEVELS = ("counts", "ids", "full")
 ROLES = ("none", "description", "few-shot", "question", "choices", "answer", "text")
 PHASES = ("prefill", "decode")
 LABELS = ("subject", "category", "domain")
+OFF = ("off", "0", "false", "no")
+"""Values of the environment variable EQUIPOISE_TRACE that make recording a no-op."""
 WINDOW_TOKENS = 8192
 """A window closes with the first forward pass that brings it to this many rows."""
 NO_SEQUENCE = 2**32 - 1

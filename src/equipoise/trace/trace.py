@@ -77,6 +77,7 @@ class Trace:
         stored = parts[0].manifest.layers
         self._view = view or _View({}, tuple(range(len(stored))))
         self.layers: tuple[Layer, ...] = tuple(stored[index] for index in self._view.layers)
+        self._groups: dict[str, dict[str, Trace]] = {}
 
     def __repr__(self) -> str:
         shape = f"{len(self.layers)} MoE layers, {self.tokens:,} tokens"
@@ -178,8 +179,24 @@ class Trace:
         return [value for value in found if value is not None]
 
     def groups(self, by: str) -> dict[str, Trace]:
-        """A view for each value of subject, category, domain, role or phase."""
-        return {value: self._where(by, value) for value in self.values(by)}
+        """A view for each value of subject, category, domain, role or phase; counted in one pass."""
+        if by not in self._groups:
+            self.values(by)  # raises for what is no key
+            self._groups[by] = self._grouped(by)
+        return dict(self._groups[by])
+
+    def _grouped(self, by: str) -> dict[str, Trace]:
+        sums: dict[str, _Sums] = {}
+        for part, batch in self._filtered_counts():
+            values = np.array(batch.column(by).to_pylist(), object)
+            for value in dict.fromkeys(values):
+                if value is not None:
+                    found = self._sum(part, batch, values == value)
+                    sums[value] = sums[value] + found if value in sums else found
+        views = {value: self._where(by, value) for value in sums}
+        for value, view in views.items():
+            view._totals = sums[value]
+        return views
 
     def _where(self, key: str, value: str) -> Trace:
         where = {**self._view.where, key: frozenset([value])}
@@ -318,8 +335,9 @@ class Trace:
                     mask &= is_in(batch.column(key), allowed).to_numpy(zero_copy_only=False)
                 yield part, batch if mask.all() else batch.filter(pa.array(mask))
 
-    def _sum(self, part: Part, batch: pa.RecordBatch) -> _Sums:
-        flat = list_column(batch, "counts").sum(0, dtype=np.int64)
+    def _sum(self, part: Part, batch: pa.RecordBatch, rows: Array | slice = slice(None)) -> _Sums:
+        """Sums over rows of a counts batch, for the layers of the view."""
+        flat = list_column(batch, "counts")[rows].sum(0, dtype=np.int64)
         edges = np.cumsum([0, *(layer.experts for layer in part.manifest.layers)])
         counts_LE = np.zeros((len(self.layers), self._max_experts), np.int64)
         for row, index in enumerate(self._view.layers):
@@ -327,9 +345,9 @@ class Trace:
         pick = list(self._view.layers)
         return _Sums(
             counts_LE,
-            list_column(batch, "tokens").sum(0, dtype=np.int64)[pick],
-            list_column(batch, "unrouted").sum(0, dtype=np.int64)[pick],
-            int(pc.sum(batch.column("rows")).as_py() or 0),
+            list_column(batch, "tokens")[rows].sum(0, dtype=np.int64)[pick],
+            list_column(batch, "unrouted")[rows].sum(0, dtype=np.int64)[pick],
+            int(batch.column("rows").to_numpy()[rows].sum(dtype=np.int64)),
         )
 
     @cached_property
