@@ -7,6 +7,8 @@ largest value) is a slot that went to no expert. Everything else raises.
 from __future__ import annotations
 
 import threading
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,14 @@ Ids = NDArray[np.integer]
 Counts = NDArray[np.int64]
 
 _scratch = threading.local()
+
+
+@cache
+def _compiled() -> Any:
+    """The compiled loops; loaded at the first count, since numba takes half a second."""
+    from equipoise.metrics import _kernels
+
+    return _kernels
 
 
 def count_ids(
@@ -63,8 +73,6 @@ def count_grouped(
     `group_T` is the group of each row, in [0, num_groups); rows with a negative group are left
     out. Raises EquipoiseError for an impossible id or group.
     """
-    from equipoise.metrics import _kernels
-
     ids = unsigned(ids_TK, num_experts)
     ids = ids.reshape(len(ids), -1) if len(ids) else ids.reshape(0, 1)
     if np.shape(group_T) != (len(ids),):
@@ -74,7 +82,7 @@ def count_grouped(
         )
     found_GE = np.zeros((num_groups, num_experts), np.int64)
     group_T = np.ascontiguousarray(group_T, np.int64)
-    row, fault = _kernels.count_grouped(ids, group_T, found_GE, none_value(ids))
+    row, fault = _compiled().count_grouped(ids, group_T, found_GE, none_value(ids))
     if row >= 0 and fault >= 0:
         raise EquipoiseError(f"group {fault} at row {row}: groups are 0..{num_groups - 1}")
     if row >= 0:
@@ -93,13 +101,13 @@ def unsigned(ids: Ids, num_experts: int) -> NDArray[np.unsignedinteger]:
         raise EquipoiseError(f"expert ids must be integers, not {ids.dtype}: pass the ids of top-k")
     if num_experts < 1:
         raise EquipoiseError(f"a layer has at least one expert, not {num_experts}")
-    if ids.dtype.kind == "u" and num_experts > np.iinfo(ids.dtype).max:
+    if ids.dtype.kind == "u" and num_experts >= 1 << (8 * ids.itemsize):
         raise EquipoiseError(
             f"{ids.dtype} ids cannot name {num_experts} experts: the largest value stands for "
             f"'no expert'. Use a wider type"
         )
-    ids = np.ascontiguousarray(ids)
-    return ids.view(f"u{ids.itemsize}")
+    plain: NDArray[Any] = np.ascontiguousarray(ids)
+    return plain if plain.dtype.kind == "u" else plain.view(f"u{plain.itemsize}")
 
 
 def none_value(ids: NDArray[np.unsignedinteger]) -> np.uint64:
@@ -122,20 +130,10 @@ def _count_bytes(
     given: Ids, ids: NDArray[np.unsignedinteger], experts: int, out_E: Counts | None
 ) -> Counts:
     """One-byte ids, eight at a time; `given` is how they came, for the error."""
-    from equipoise.metrics import _kernels
-
     out_E = np.zeros(experts, np.int64) if out_E is None else _checked_out(out_E, (experts,))
-    flat = ids.reshape(-1)
-    head = min(-flat.ctypes.data % 8, flat.size)
-    stop = head + (flat.size - head) // 8 * 8
-    words = flat[head:stop].view(np.uint64)
-    edges = _NO_IDS if stop == flat.size and not head else np.append(flat[:head], flat[stop:])
-    if not _kernels.count_bytes(words, edges, out_E):
+    if not _compiled().count_bytes(ids.reshape(-1), out_E):
         raise_impossible(given, experts)
     return out_E
-
-
-_NO_IDS = np.zeros(0, np.uint8)
 
 
 def _count_narrow(ids: NDArray[np.unsignedinteger], num_experts: int) -> tuple[Counts, bool]:
@@ -144,12 +142,10 @@ def _count_narrow(ids: NDArray[np.unsignedinteger], num_experts: int) -> tuple[C
     The entries outside [0, E) prove the range afterwards, at no cost per id; with the counts comes
     whether every id was possible.
     """
-    from equipoise.metrics import _kernels
-
     tables = _tables()
     head = min(-ids.ctypes.data % 8 // 2, ids.size)
     body = (ids.size - head) // 4 * 4
-    _kernels.count_words16(ids[head : head + body].view(np.uint64), *tables)
+    _compiled().count_words16(ids[head : head + body].view(np.uint64), *tables)
     for edge in (ids[:head], ids[head + body :]):
         np.add.at(tables[0], edge, 1)
     found_E = tables[:, :num_experts].sum(0).astype(np.int64)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -205,13 +206,18 @@ class _Totals:
 def list_column(batch: pa.RecordBatch, name: str) -> np.ndarray[Any, Any]:
     """A fixed-size-list column as a 2-D array [rows, list size], without a copy."""
     column = batch.column(name)
-    size, rows = column.type.list_size, len(column)
-    dtype = column.type.value_type.to_pandas_dtype()
+    size, dtype = _list_type(column.type)
+    rows = len(column)
     data = column.buffers()[-1]
     if data is None or not size:
         return np.empty((rows, size), dtype)
-    offset = column.offset * size * np.dtype(dtype).itemsize
+    offset = column.offset * size * dtype.itemsize
     return np.frombuffer(data, dtype, rows * size, offset).reshape(rows, size)
+
+
+@cache
+def _list_type(type_: pa.DataType) -> tuple[int, np.dtype[Any]]:
+    return type_.list_size, np.dtype(type_.value_type.to_pandas_dtype())
 
 
 def list_array(values: np.ndarray[Any, Any], type_: pa.DataType) -> pa.Array:

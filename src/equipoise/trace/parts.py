@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,8 +32,11 @@ class Part(Protocol):
     def sequences(self) -> Iterator[pa.RecordBatch]:
         """One batch per window: see `SEQUENCES_SCHEMA`."""
 
-    def tokens(self, stack: int) -> Iterator[pa.RecordBatch]:
-        """One batch per window: see `tokens_schema`. Use a batch before asking for the next."""
+    def tokens(self, stack: int, whole: bool = True) -> Iterator[pa.RecordBatch]:
+        """One batch per window: see `tokens_schema`. Use a batch before asking for the next.
+
+        `whole` says that most columns will be read, so that they may be fetched at once.
+        """
 
 
 @dataclass
@@ -53,7 +57,7 @@ class MemoryPart:
         """See `Part`."""
         return iter(self.sequences_batches)
 
-    def tokens(self, stack: int) -> Iterator[pa.RecordBatch]:
+    def tokens(self, stack: int, whole: bool = True) -> Iterator[pa.RecordBatch]:
         """See `Part`."""
         return iter(self.tokens_batches[stack])
 
@@ -126,16 +130,16 @@ class FilePart:
         """See `Part`."""
         return self._stream(f"sequences-{self.manifest.part}.arrow")
 
-    def tokens(self, stack: int) -> Iterator[pa.RecordBatch]:
+    def tokens(self, stack: int, whole: bool = True) -> Iterator[pa.RecordBatch]:
         """See `Part`."""
-        return self._stream(self.manifest.tokens_file(stack))
+        return self._stream(self.manifest.tokens_file(stack), whole)
 
-    def _stream(self, name: str) -> Iterator[pa.RecordBatch]:
+    def _stream(self, name: str, whole: bool = True) -> Iterator[pa.RecordBatch]:
         if self._windows == 0:
             return
         path = self.folder / name
         try:
-            yield from islice(_mapped_batches(path), self._windows)
+            yield from islice(_mapped_batches(path, whole), self._windows)
         except (pa.ArrowInvalid, OSError) as error:
             raise TraceError(f"{path} is damaged: {error}") from None
 
@@ -150,25 +154,35 @@ def _whole_batches(path: Path) -> int:
     return count
 
 
-def _mapped_batches(path: Path) -> Iterator[pa.RecordBatch]:
+_POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ, which Python's mmap does not name: map pages without a fault each."""
+
+
+def _mapped_batches(path: Path, whole: bool = False) -> Iterator[pa.RecordBatch]:
     """Batches of a stream, memory-mapped; pages are given back once a batch was used.
 
     Without that, reading a trace larger than memory would push everything else out of it.
     """
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    buffer = pa.py_buffer(mapped)
-    source = pa.BufferReader(buffer)
+    source = pa.BufferReader(pa.py_buffer(mapped))
     reader = pa.ipc.open_stream(source)
-    page = mmap.PAGESIZE
     start = 0
     while True:
         try:
             batch = reader.read_next_batch()
         except StopIteration:
             return
+        stop = source.tell() // mmap.PAGESIZE * mmap.PAGESIZE
+        if whole:
+            _advise(mapped, _POPULATE_READ, start, stop)
         yield batch
-        stop = source.tell() // page * page
-        if hasattr(mapped, "madvise") and stop > start:
-            mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        _advise(mapped, getattr(mmap, "MADV_DONTNEED", None), start, stop)
         start = stop
+
+
+def _advise(mapped: mmap.mmap, advice: int | None, start: int, stop: int) -> None:
+    """Tell the system what to do with pages; one that does not know the advice goes on without."""
+    if advice is not None and stop > start and hasattr(mapped, "madvise"):
+        with suppress(OSError):
+            mapped.madvise(advice, start, stop - start)

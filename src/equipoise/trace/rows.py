@@ -55,8 +55,11 @@ class RowReader:
     def batches(self, stack: str, columns: str = "all") -> Iterator[TokenBatch]:
         """One batch per window for the layers of a stack, empty ones included; none without layers."""
         here = {i: layer for i, layer in enumerate(self._layers) if layer.stack == stack}
+        manifest = self._part.manifest
+        stored = sum(layer.stack == stack for layer in manifest.layers)
+        whole = 2 * len(here) > stored and (manifest.level != "full" or columns == "all")
         if here:
-            for batch in self._part.tokens(self._part.manifest.stacks.index(stack)):
+            for batch in self._part.tokens(manifest.stacks.index(stack), whole):
                 yield self._batch(batch, here, columns)
 
     def _batch(self, batch: pa.RecordBatch, here: Mapping[int, Layer], columns: str) -> TokenBatch:
