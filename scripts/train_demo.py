@@ -121,6 +121,8 @@ the choices. Idle: below a tenth of the mean.
 
 ## Data and licences
 
+The weights are released under Apache-2.0, like the rest of Equipoise; none of the text is included.
+
 The text is not part of the package. Attribution is due for the CC-BY and CC-BY-SA sources.
 `legal_en` and `multilingual` carry no licence file; what is given is their repositories' notice.
 

@@ -1,0 +1,92 @@
+"""The README's commands give the README's output, and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import equipoise
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"```console\n\$ equipoise (.+)\n((?:.*\n)*?)```", README)
+VARYING = re.compile(r"\d[\d,]* tokens/s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", text)]
+
+
+def same(found: str, printed: str) -> None:
+    """Line by line: the same words, and numbers within 2 %: a router may be tied to rounding."""
+    found_lines, printed_lines = (
+        [line.rstrip() for line in VARYING.sub("N tokens/s", text).strip().splitlines()]
+        for text in (found, printed)
+    )
+    assert len(found_lines) == len(printed_lines)
+    for one, other in zip(found_lines, printed_lines, strict=True):
+        assert re.sub(r"[\d.,e-]+", "#", one).split() == re.sub(r"[\d.,e-]+", "#", other).split()
+        assert numbers(one) == pytest.approx(numbers(other), rel=0.02, abs=0.02)
+
+
+def test_the_readme_shows_three_commands() -> None:
+    assert [command.split()[0] for command, _ in COMMANDS] == ["trace", "stats", "dead"]
+
+
+@pytest.mark.slow
+def test_commands_print_what_the_readme_shows(folder: Path) -> None:
+    for command, printed in COMMANDS:
+        run = subprocess.run(
+            [sys.executable, "-m", "equipoise", *command.split()],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": "/usr/bin:/bin", "COLUMNS": "80"},
+        )
+        said = "\n".join(line for line in run.stderr.splitlines() if " s left" not in line)
+        same(f"{run.stdout}\n{said}" if run.stdout else said, printed)
+
+
+def test_the_five_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from equipoise.capture.load import load_model
+
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"## Five lines of Python\n\n```python\n(.*?)```", README, re.S)
+    assert code is not None
+    loaded = load_model("demo")
+    inputs = {"input_ids": torch.arange(5, 25)[None], "max_new_tokens": 3}
+    exec(code.group(1), {"model": loaded.model, "inputs": inputs})
+    trace = equipoise.open("run.trace")
+    assert trace.select(phase="prefill").tokens == 20
+    assert trace.select(phase="decode").tokens in (0, 1, 2)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_readmes_links_and_picture_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_every_command_has_its_page_and_a_row_in_the_readme() -> None:
+    from equipoise.cli import app
+
+    for command in app.registered_commands:
+        name = command.callback.__name__  # type: ignore[union-attr]
+        assert (ROOT / "docs" / f"{name}.md").exists()
+        assert f"equipoise {name}" in README
