@@ -6,7 +6,6 @@ when asked for. What can be known without torch is found out before it is import
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections.abc import Iterable
@@ -44,8 +43,6 @@ class LoadedModel:
     tokenizer: Any
     id: str
     """As the user named it: "demo", a hub id, or a folder's name."""
-    config_digest: str
-    """First 16 hex digits of the SHA-256 of the config."""
     revision: str | None
     """Commit of the hub's repository; None for a folder."""
     notes: list[str] = field(default_factory=list)
@@ -53,7 +50,7 @@ class LoadedModel:
 
     def meta(self) -> dict[str, Any]:
         """Provenance for the trace."""
-        return {"model": self.id, "config_digest": self.config_digest, "revision": self.revision}
+        return {"model": self.id, "revision": self.revision}
 
 
 def find_model(name: str, revision: str | None = None) -> str:
@@ -183,7 +180,6 @@ class _Loader:
             model=model.eval(),
             tokenizer=tokenizer,
             id=self._id(),
-            config_digest=_digest(config),
             revision=getattr(config, "_commit_hash", None),
             notes=self.notes,
         )
@@ -262,10 +258,6 @@ class _Loader:
                     f"{self.name} is incomplete: {len(keys)} {kind.replace('_', ' ')}, the first is "
                     f"{keys[0]}; they would be random. Check the checkpoint and its config."
                 )
-
-
-def _digest(config: Any) -> str:
-    return hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
 
 
 def _reason(error: BaseException) -> str:

@@ -19,19 +19,26 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     """Model id, family, digest of its config, parameters, device and dtype."""
     config: Any = getattr(model, "config", None)
     parameter = next(model.parameters(), None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
-    for key in ("_name_or_path", "transformers_version"):
-        values.pop(key, None)
-    text = json.dumps(values, sort_keys=True, default=str)
     return {
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
         "model_class": type(model).__name__,
         "family": getattr(config, "model_type", None),
-        "config_digest": "sha256:" + hashlib.sha256(text.encode()).hexdigest(),
+        "config_digest": config_digest(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": str(parameter.device) if parameter is not None else None,
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else None,
     }
+
+
+def config_digest(config: Any) -> str | None:
+    """SHA-256 of a config without its name and version: equal for equal architectures."""
+    if not hasattr(config, "to_dict"):
+        return None
+    values = config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        values.pop(key, None)
+    text = json.dumps(values, sort_keys=True, default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def provenance() -> dict[str, Any]:

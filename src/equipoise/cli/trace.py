@@ -109,6 +109,8 @@ def trace(
         revision=revision,
         experts_implementation=experts,
     )
+    for note in loaded.notes:
+        say(f"note: {note}")
     import torch
     from transformers.utils import logging
 
