@@ -19,9 +19,7 @@ ARGUMENTS = ["trace", "demo", "--data", "bundled", "--limit", "2", "--shots", "1
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "equipoise", *ARGUMENTS, "-o", "t", "--threads", "1", *more]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,8 @@ class Pass:
     decoder: tuple[Describes, tuple[int, int]] | None = None
     """How to tell the rows of a decoder that has tokens of its own, beside an encoder's."""
     events: list[Any] = field(default_factory=list)
+    prepared: dict[int, Block] = field(default_factory=dict)
+    """Blocks of routers that are expected on the same device, with the same rows."""
 
     def wait(self) -> None:
         """Until the copies to the host are done."""
@@ -109,6 +112,15 @@ class Arena:
         self.ids = Memory(torch.int32, host, pinned)
         self.floats = Memory(torch.float32, host, pinned)
         self.clear()
+
+    def blocks(self, rows: int, top_k: Sequence[int]) -> list[Block]:
+        """Blocks in host memory for routers that run there and see the same rows."""
+        return [Block(rows, ids) for _, ids in _pieces(self.ids, rows, top_k)]
+
+    def add_floats(self, block: Block, width: int) -> None:
+        """Room for `width` floats per row in a block."""
+        flat = self.floats.view(self.floats.take(block.rows * width))
+        block.floats = flat.view(block.rows, width)
 
     def clear(self) -> None:
         """Empty the arena for its next window."""
@@ -126,17 +138,22 @@ class Staging:
         self.device = device
         self.ids = Memory(torch.int32, device)
         self.floats = Memory(torch.float32, device)
-        self._pending: list[tuple[Block, Slot, Slot | None]] = []
+        self._pending: list[tuple[Block, Slot]] = []
+        self._extra: list[tuple[Block, Slot]] = []
 
-    def block(self, rows: int, top_k: int, floats: int) -> Block:
-        """A block in device memory; `send` moves it."""
-        ids = self.ids.take(rows * top_k)
-        extra = self.floats.take(rows * floats) if floats else None
-        block = Block(rows, self.ids.view(ids).view(rows, top_k))
-        if extra is not None:
-            block.floats = self.floats.view(extra).view(rows, floats)
-        self._pending.append((block, ids, extra))
-        return block
+    def blocks(self, rows: int, top_k: Sequence[int]) -> list[Block]:
+        """Blocks in device memory for routers that see the same rows; `send` moves them."""
+        found = []
+        for slot, ids in _pieces(self.ids, rows, top_k):
+            found.append(Block(rows, ids))
+            self._pending.append((found[-1], slot))
+        return found
+
+    def add_floats(self, block: Block, width: int) -> None:
+        """Room for `width` floats per row in a block."""
+        slot = self.floats.take(block.rows * width)
+        block.floats = self.floats.view(slot).view(block.rows, width)
+        self._extra.append((block, slot))
 
     def send(self, arena: Arena) -> Any:
         """Start the copy of this pass to the host; returns an event, or None if it is done.
@@ -145,13 +162,14 @@ class Staging:
         """
         ids = _send(self.ids, arena.ids)
         floats = _send(self.floats, arena.floats)
-        for block, slot, extra in self._pending:
+        for block, slot in self._pending:
             host = ids[slot.chunk][slot.start : slot.start + slot.size]
             block.ids = host.view(block.ids.shape)
-            if extra is not None:
-                assert block.floats is not None
-                host = floats[extra.chunk][extra.start : extra.start + extra.size]
-                block.floats = host.view(block.floats.shape)
+        for block, slot in self._extra:
+            assert block.floats is not None
+            host = floats[slot.chunk][slot.start : slot.start + slot.size]
+            block.floats = host.view(block.floats.shape)
+        self._extra = []
         self._pending = []
         self.ids.clear()
         self.floats.clear()
@@ -178,10 +196,15 @@ def _event(device: torch.device) -> Any:
     return None
 
 
-def host_block(arena: Arena, rows: int, top_k: int, floats: int) -> Block:
-    """A block in host memory, for a router that runs there."""
-    block = Block(rows, arena.ids.view(arena.ids.take(rows * top_k)).view(rows, top_k))
-    if floats:
-        flat = arena.floats.view(arena.floats.take(rows * floats))
-        block.floats = flat.view(rows, floats)
-    return block
+def _pieces(memory: Memory, rows: int, top_k: Sequence[int]) -> list[tuple[Slot, Tensor]]:
+    """A piece [rows, K] for each router, from one stretch of memory."""
+    whole = memory.take(rows * sum(top_k))
+    sizes = [rows * k for k in top_k]
+    starts = accumulate(sizes, initial=whole.start)
+    slots = [Slot(whole.chunk, at, size) for at, size in zip(starts, sizes, strict=False)]
+    flat = memory.view(whole)
+    if len(set(top_k)) == 1:
+        views = flat.view(len(top_k), rows, top_k[0]).unbind(0)
+    else:
+        views = tuple(v.view(rows, k) for v, k in zip(torch.split(flat, sizes), top_k, strict=True))
+    return list(zip(slots, views, strict=True))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from equipoise.capture.buffers import Block, Describes, Pass, Staging, host_block
+from equipoise.capture.buffers import Arena, Block, Describes, Pass, Staging
 from equipoise.capture.passes import Batch, batch_shape
 from equipoise.capture.provenance import Clock
 from equipoise.capture.sequences import SequenceBook, keep
@@ -51,6 +51,7 @@ class Listener:
         """What a runner says of the next passes; None: infer it from their arguments."""
         self._handles: list[Any] = []
         self._staging: dict[torch.device, Staging] = {}
+        self._device_of: dict[int, torch.device] = {}
         self._roots: list[nn.Module] = []
         self._pass: Pass | None = None
         self._depth = 0
@@ -115,21 +116,43 @@ class Listener:
                 " once per batch; a model that uses a layer at several depths cannot be recorded."
             )
         ids_TK = routing.expert_ids_TK
-        rows, top_k = ids_TK.shape
-        full = self._full
-        floats = top_k + 1 if full else int(index in self._checks)
-        block = self._block(ids_TK.device, rows, top_k, floats)
-        block.ids.copy_(ids_TK.detach(), non_blocking=True)
+        block = self._block(current, index, ids_TK)
+        block.ids.copy_(ids_TK, non_blocking=True)
         if block.floats is not None:
-            _fill_floats(block.floats, routing, full)
+            _fill_floats(block.floats, routing, self._full)
         current.blocks[index] = block
 
-    def _block(self, device: torch.device, rows: int, top_k: int, floats: int) -> Block:
+    def _block(self, current: Pass, index: int, ids_TK: Tensor) -> Block:
+        """Room for one router's decision; for those that follow on its device it is made at once."""
+        device, (rows, top_k) = ids_TK.device, ids_TK.shape
+        memory = self._memory(device)
+        block = current.prepared.pop(index, None)
+        if block is None or block.rows != rows or self._device_of.get(index) != device:
+            lane = self._lane(index, device)
+            blocks = memory.blocks(rows, [top_k, *(self._layers[i].top_k for i in lane)])
+            block = blocks[0]
+            current.prepared.update(zip(lane, blocks[1:], strict=True))
+        self._device_of[index] = device
+        width = top_k + 1 if self._full else int(index in self._checks)
+        if width:
+            memory.add_floats(block, width)
+        return block
+
+    def _lane(self, index: int, device: torch.device) -> list[int]:
+        """Routers of the same stack behind this one that were on this device in the pass before."""
+        stack = self._layers[index].stack
+        return [
+            i
+            for i in range(index + 1, len(self._layers))
+            if self._device_of.get(i) == device and self._layers[i].stack == stack
+        ]
+
+    def _memory(self, device: torch.device) -> Arena | Staging:
         if device.type == "cpu":
-            return host_block(self._writer.arena, rows, top_k, floats)
+            return self._writer.arena
         if device not in self._staging:
             self._staging[device] = Staging(device)
-        return self._staging[device].block(rows, top_k, floats)
+        return self._staging[device]
 
     @_eager
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
