@@ -23,20 +23,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
-def numbers(text: str) -> list[float]:
-    return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", text)]
+def value(word: str) -> float | None:
+    """The number that a word is: 70,755 or 70.8k or 4.9e-05; None for others."""
+    plain = word.strip("().;:").replace(",", "").replace("k", "e3").rstrip("%")
+    try:
+        return float(plain)
+    except ValueError:
+        return None
 
 
 def same(found: str, printed: str) -> None:
-    """Line by line: the same words, and numbers within 2 %: a router may be tied to rounding."""
-    found_lines, printed_lines = (
-        [line.rstrip() for line in VARYING.sub("N tokens/s", text).strip().splitlines()]
-        for text in (found, printed)
-    )
-    assert len(found_lines) == len(printed_lines)
-    for one, other in zip(found_lines, printed_lines, strict=True):
-        assert re.sub(r"[\d.,e-]+", "#", one).split() == re.sub(r"[\d.,e-]+", "#", other).split()
-        assert numbers(one) == pytest.approx(numbers(other), rel=0.02, abs=0.02)
+    """The same words; numbers within 5 %, since a router may be tied to rounding."""
+    ours, theirs = (VARYING.sub("N tokens/s", text).split() for text in (found, printed))
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        number = value(one)
+        if number is None or value(other) is None:
+            assert one == other or ".." in one  # an interval
+        else:
+            assert number == pytest.approx(value(other), rel=0.05, abs=1e-5)
 
 
 def test_the_readme_shows_three_commands() -> None:
