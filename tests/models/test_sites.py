@@ -323,3 +323,22 @@ def test_layer_number_is_the_first_in_the_path(path: str, stack: str, layer: int
 
 def test_wrappers_leave_no_name_in_a_path() -> None:
     assert clean("_orig_mod.model.layers.0._orig_mod.mlp") == "model.layers.0.mlp"
+
+
+def test_scores_are_heard_only_while_somebody_wants_them() -> None:
+    model = build("olmoe")
+    site = discover(model)[0]
+    inputs = inputs_for(model)
+    without: list[bool] = []
+    with_scores: list[bool] = []
+    with torch.no_grad():
+        plain = site.observe(lambda r: without.append(r.scores_TE is None), scores=False)
+        assert hooks(model) == 1
+        model(**inputs)
+        other = site.observe(lambda r: with_scores.append(r.scores_TE is None))
+        model(**inputs)
+        other.remove()
+        plain.remove()
+    assert without == [True, False]
+    assert with_scores == [False]
+    assert hooks(model) == 0

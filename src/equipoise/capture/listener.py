@@ -65,7 +65,7 @@ class Listener:
             end = root.register_forward_hook(self._end, always_call=True)
             self._handles += [begin, end]
         for index, site in enumerate(self._sites):
-            self._handles.append(site.observe(partial(self._hear, index)))
+            self._handles.append(site.observe(partial(self._hear, index), scores=self._full))
 
     def detach(self) -> None:
         """Take every hook off, and forget a pass that was under way."""

@@ -29,7 +29,7 @@ def llama4(scan: Scan, path: str, router: Any) -> RouterSite:
     """All experts run on all tokens, scaled by 0 where not selected; the router knows which."""
     top_k = int(router.top_k)
 
-    def install(hear: Observer) -> list[RemovableHandle]:
+    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
         def at_router(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
             weights_TE, logits_TE = output
             ids = torch.topk(logits_TE, top_k, dim=1).indices
@@ -44,7 +44,7 @@ def jetmoe(scan: Scan, path: str, router: Any) -> RouterSite:
     """Two routers in a layer, for attention and feed-forward; each gives its dispatch order."""
     num_experts, top_k = int(router.num_experts), int(router.top_k)
 
-    def install(hear: Observer) -> list[RemovableHandle]:
+    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
         def at_router(_: nn.Module, __: Any, output: Any) -> None:
             order, _batch, gates, sizes, logits_TE = output
             of_slot = torch.arange(num_experts, device=order.device).repeat_interleave(
@@ -63,7 +63,7 @@ def doge(scan: Scan, path: str, block: Any) -> RouterSite:
     """Product keys: an expert is a pair of keys, heard where its embedding row is looked up."""
     num_keys = int(block.num_keys)
 
-    def install(hear: Observer) -> list[RemovableHandle]:
+    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
         heard: list[Tensor] = []
 
         def at_lookup(_: nn.Module, args: tuple[Tensor]) -> None:
@@ -71,10 +71,10 @@ def doge(scan: Scan, path: str, block: Any) -> RouterSite:
 
         def at_block(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
             ids, logits_2TN = heard.pop(), output[1]
-            scores = logits_2TN[0].gather(1, ids // num_keys) + logits_2TN[1].gather(
+            selected = logits_2TN[0].gather(1, ids // num_keys) + logits_2TN[1].gather(
                 1, ids % num_keys
             )
-            weights = torch.softmax(scores, dim=-1)
+            weights = torch.softmax(selected, dim=-1)
             if block.norm_topk_prob:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
             hear(ids, weights, None)

@@ -100,7 +100,7 @@ def ears(
     ids_name, weights_name = arguments or argument_names(experts) or ("", "")
     ids_at, weights_at = names.index(ids_name), names.index(weights_name)
 
-    def install(hear: Observer) -> list[RemovableHandle]:
+    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
         heard: list[Tensor | None] = [None]
 
         def at_router(_: nn.Module, __: Any, output: Any) -> None:
@@ -109,11 +109,11 @@ def ears(
         def at_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = kwargs[ids_name] if ids_name in kwargs else args[ids_at]
             weights = kwargs[weights_name] if weights_name in kwargs else args[weights_at]
-            scores, heard[0] = heard[0], None
-            hear(ids if read is None else read(ids), weights, scores)
+            found, heard[0] = heard[0], None
+            hear(ids if read is None else read(ids), weights, found)
 
         handles = [experts.register_forward_pre_hook(at_experts, with_kwargs=True)]
-        if router is not None:
+        if router is not None and scores:
             handles.append(router.register_forward_hook(at_router))
         return handles
 

@@ -86,8 +86,10 @@ class RouterSite:
     interpret: Interpreter | None = field(kw_only=True, repr=False, default=None)
     refresh: Callable[[], None] | None = field(kw_only=True, repr=False, default=None)
 
-    def observe(self, callback: Callable[[Routing], None]) -> Handle:
+    def observe(self, callback: Callable[[Routing], None], *, scores: bool = True) -> Handle:
         """Call `callback` with the Routing of every forward pass, until the handle is removed.
+
+        scores=False leaves `scores_TE` out where hearing it would take a hook of its own.
 
         The tensors belong to the model: copy what is kept. Nothing is copied, moved or waited for
         here. Raises RoutingError, in the forward pass, where ids do not have the site's shape.
@@ -97,8 +99,9 @@ class RouterSite:
             callback(self._routing(ids, weights, scores))
 
         tap = tap_of(self.module)
-        fresh = not tap.handles
-        tap.add(observer, self.ears)
+        before = tap.handles
+        tap.add(observer, self.ears, scores)
+        fresh = tap.handles is not before
         if fresh and self.refresh is not None:
             self.refresh()
         return Handle(tap, observer)

@@ -24,8 +24,11 @@ Observer = Callable[[Tensor, Tensor | None, Tensor | None], None]
 class Ears(Protocol):
     """How one architecture is heard: puts hooks on modules and gives back their handles."""
 
-    def __call__(self, hear: Observer) -> list[RemovableHandle]:
-        """Install the hooks; each calls `hear(ids, weights, scores)` once per forward pass."""
+    def __call__(self, hear: Observer, scores: bool) -> list[RemovableHandle]:
+        """Install the hooks; each calls `hear(ids, weights, scores)` once per forward pass.
+
+        Without `scores`, hooks that only serve these may be left out.
+        """
         ...
 
 
@@ -36,6 +39,7 @@ class Tap:
         self.key = key
         self.observers: list[Observer] = []
         self.handles: list[RemovableHandle] = []
+        self.scores = False
         self.tick = torch.zeros(1, dtype=torch.int64)
 
     def hear(self, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> None:
@@ -56,10 +60,12 @@ class Tap:
         for observer in tuple(self.observers):
             observer(ids, weights, scores)
 
-    def add(self, observer: Observer, ears: Ears) -> None:
-        """Let `observer` hear; the first observer installs the hooks."""
-        if not self.handles:
-            self.handles = ears(self.hear)
+    def add(self, observer: Observer, ears: Ears, scores: bool) -> None:
+        """Let `observer` hear; the first, and the first that wants scores, installs the hooks."""
+        if not self.handles or (scores and not self.scores):
+            for handle in self.handles:
+                handle.remove()
+            self.handles, self.scores = ears(self.hear, scores), scores
         self.observers.append(observer)
 
     def discard(self, observer: Observer) -> None:
