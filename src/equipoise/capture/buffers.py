@@ -126,6 +126,8 @@ class Arena:
         """Empty the arena for its next window."""
         self.passes: list[Pass] = []
         self.sequences: list[RunSequence] = []
+        self.numbers: set[int] = set()
+        """Of the sequences."""
         self.rows = 0
         self.ids.clear()
         self.floats.clear()

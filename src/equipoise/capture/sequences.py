@@ -76,8 +76,10 @@ class SequenceBook:
 
 def keep(arena: Arena, sequences: Sequence[RunSequence]) -> None:
     """Have these sequences written with the arena's window, each once."""
-    have = {sequence.number for sequence in arena.sequences}
-    arena.sequences += [s for s in sequences if s.number not in have]
+    for sequence in sequences:
+        if sequence.number not in arena.numbers:
+            arena.numbers.add(sequence.number)
+            arena.sequences.append(sequence)
 
 
 def drop_unfinished(arena: Arena) -> None:
