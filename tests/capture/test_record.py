@@ -466,3 +466,30 @@ def test_provenance_is_in_the_trace(model: nn.Module, tmp_path: Path) -> None:
     assert meta["peak_host_bytes"] > 10**7
     assert meta["started"] <= meta["ended"]
     json.dumps(meta, allow_nan=False)
+
+
+def test_an_empty_recording_is_warned_of(model: nn.Module, tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="Nothing ran while"),
+        equipoise.record(model, tmp_path / "t"),
+    ):
+        pass
+    assert equipoise.open(tmp_path / "t").tokens == 0
+
+
+def test_resuming_another_task_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    first, second = ({"options": {"subjects": subjects}} for subjects in (None, "law"))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        equipoise.record(model, tmp_path / "t", meta=first) as recorder,
+    ):
+        answer(model, recorder, 0)
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(TraceError, match="started with subjects None, not 'law'"),
+        equipoise.record(model, tmp_path / "t", meta=second, resume=True),
+    ):
+        pass
+    with equipoise.record(model, tmp_path / "t", meta=first, resume=True) as recorder:
+        answer(model, recorder, 1)
+    assert equipoise.open(tmp_path / "t").tokens == 12

@@ -210,6 +210,9 @@ def test_report_writes_one_file_and_asks_before_overwriting(
         (["trace", "demo", "-o", "{path}"], "exists. Use --force"),
         (["trace", "demo", "-o", "{tmp}/a", "--resume"], "nothing to resume"),
         (["trace", "demo", "--force", "--resume"], "exclude each other"),
+        (["trace", "demo", "--batch-size", "0", "-o", "{tmp}/a"], "--batch-size is 0"),
+        (["trace", "demo", "--subjects", "", "--data", "bundled", "-o", "{tmp}/a"], "is empty"),
+        (["trace", "demo", "-o", "{tmp}/a/b", "--every", "0"], "--every is 0"),
         (["report", "{path}", "-o", "{tmp}"], "exists|cannot be written"),
     ],
 )

@@ -44,7 +44,7 @@ def test_counts_equal_a_python_loop(dtype: type, experts: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(hnp.arrays(np.int64, st.tuples(*[st.integers(1, 9)] * 3), elements=st.integers(-1, 5)))
+@given(hnp.arrays(np.int64, st.tuples(*[st.integers(1, 6)] * 3), elements=st.integers(-1, 5)))
 def test_slots_without_an_expert_are_kept_apart(ids: np.ndarray) -> None:
     trace = Trace.from_arrays(ids, num_experts=6)
     assert (trace.counts_LE == naive_counts(ids, 6)).all()
@@ -145,6 +145,7 @@ def test_weights_are_kept_to_float32(tmp_path: Path) -> None:
         ({"ids": np.full((3, 2, 1), -2), "num_experts": 8}, "expert id -2"),
         ({"ids": np.full((3, 2, 1), 300), "num_experts": 44}, "expert id 300"),
         ({"ids": np.zeros((3, 2, 1), int), "num_experts": 0}, "num_experts is 0"),
+        ({"ids": np.zeros((3, 2, 9), int), "num_experts": 8}, "9 experts per token"),
         ({"ids": np.zeros((3, 2, 1), int), "sequences": np.zeros(2, int)}, r"integers \[3\]"),
         ({"ids": np.zeros((3, 2, 1), int), "weights": np.zeros(3)}, r"weights has shape \(3,\)"),
         ({"ids": np.zeros((3, 2, 1), int), "weights": np.full((3, 2, 1), np.nan)}, "NaN"),
@@ -193,3 +194,10 @@ def test_gpt_oss_counts_equal_an_independent_count(shared_data) -> None:
         found = {e: int(c) for e, c in enumerate(trace.counts_LE[layer]) if c}
         assert found == expected
     assert len(trace.values("subject")) == 57
+
+
+def test_a_layer_filled_with_zeros_is_warned_of() -> None:
+    ids = sample()
+    ids[:, 1] = 0
+    with pytest.warns(UserWarning, match="Layer 4: every token selects one and the same expert"):
+        Trace.from_arrays(ids, layers=[3, 4, 5], num_experts=7)

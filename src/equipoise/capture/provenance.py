@@ -61,6 +61,11 @@ class Clock:
         self._first: float | None = None
         self._last = self._forward = self._begin = 0.0
 
+    @property
+    def ran(self) -> bool:
+        """A forward pass has begun."""
+        return self._first is not None
+
     def start(self) -> None:
         """A forward pass begins."""
         self._begin = time.perf_counter()

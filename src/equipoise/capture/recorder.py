@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,10 @@ def record(
     """
     if os.environ.get("EQUIPOISE_TRACE", "").lower() in OFF:
         return Off()
+    if not isinstance(model, nn.Module):
+        raise EquipoiseError(
+            f"record wants the loaded model (a torch module), not {type(model).__name__}."
+        )
     if level not in LEVELS:
         raise EquipoiseError(
             f"No level {level!r}: allowed are {', '.join(LEVELS)}." + nearest(level, LEVELS)
@@ -172,6 +177,12 @@ class Recorder:
                 drop_unfinished(self._writer.arena)
             self._writer.finish()
             self._manifest.meta.update(self._clock.figures(self._writer.tokens))
+            if status == "complete" and not self._clock.ran:
+                warnings.warn(
+                    f"Nothing ran while {self.path} was recorded: the trace is empty. Call the"
+                    " model inside the with block.",
+                    stacklevel=3,
+                )
             self._part.close(status)
         except BaseException:
             self._part.abandon()
@@ -199,6 +210,7 @@ class Recorder:
                         f" ({getattr(other, what)!r}). Use the same model and options, or another"
                         " name."
                     )
+        self._check_options(mine)
         if mine and mine[-1].status == "complete":
             raise TraceError(f"{self.path} is complete: there is nothing to resume.")
         self._manifest.session = 1 + max((m.session for m in mine), default=-1)
@@ -208,6 +220,19 @@ class Recorder:
                 self.done.add((row["split"], row["subject"], row["question"]))
             else:
                 self.done.add((row["domain"], row["name"]))
+
+    def _check_options(self, mine: Sequence[Manifest]) -> None:
+        """A resumed task must be the same task, or it would end as half of each."""
+        wanted: dict[str, Any] = self._manifest.meta.get("options") or {}
+        for other in mine:
+            before: dict[str, Any] = other.meta.get("options") or {}
+            for name in sorted(set(before) | set(wanted)):
+                if before.get(name) != wanted.get(name):
+                    raise TraceError(
+                        f"{self.path} cannot be resumed: it was started with {name}"
+                        f" {before.get(name)!r}, not {wanted.get(name)!r}. Use the same options, or"
+                        " another name."
+                    )
 
     # -- for runners ---------------------------------------------------------------------------
 

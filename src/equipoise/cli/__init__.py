@@ -90,7 +90,10 @@ def main() -> None:
         sys.exit(0)
     except Exception as error:
         if isinstance(error, _USAGE):
-            _fail(" ".join(error.format_message().split()) + " Try --help.", 2)
+            said = " ".join(error.format_message().split())
+            if not said:
+                sys.exit(2)  # no arguments: help was printed
+            _fail(said.rstrip(".") + ". Try --help.", 2)
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 2)

@@ -95,6 +95,20 @@ def trace(
       equipoise trace ./model --task text --data corpus/ --level counts
     """
     _check(output, task, level, force, resume)
+    _check_numbers(batch_size=batch_size, every=every, threads=threads, max_length=max_length)
+    _check_place(output)
+    options = {
+        "model": model,
+        "task": task,
+        "data": data,
+        "limit": limit,
+        "max_length": max_length,
+        **(
+            {"shots": shots, "subjects": subjects, "split": split, "count_repeats": count_repeats}
+            if task == "mmlu"
+            else {"field": field, "domain_field": domain_field}
+        ),
+    }
     work = _mmlu(data, split, subjects, limit, shots, taxonomy) if task == "mmlu" else None
     documents = _text(data, field, domain_field, limit) if task == "text" else None
     from equipoise.capture.load import find_model, load_model
@@ -128,7 +142,7 @@ def trace(
         force=force,
         resume=resume,
         allow_dense=True,
-        meta=loaded.meta(),
+        meta={**loaded.meta(), "options": options},
     )
     say(_describe(recorder))
     with _finished(recorder, output), recorder, _progress(quiet, task) as progress:
@@ -188,6 +202,28 @@ def _check(output: Path, task: str, level: str, force: bool, resume: bool) -> No
         raise EquipoiseError(f"{output} does not exist: there is nothing to resume.")
 
 
+def _check_numbers(**numbers: int | None) -> None:
+    from equipoise.errors import EquipoiseError
+
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            option = "--" + name.replace("_", "-")
+            raise EquipoiseError(f"{option} is {number}; it must be at least 1.")
+
+
+def _check_place(output: Path) -> None:
+    """That the output can be made, before a model is loaded for an hour."""
+    from equipoise.errors import EquipoiseError
+
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if output.exists() and not output.is_dir():
+        raise EquipoiseError(f"{output} is a file; a trace is a folder. Choose another -o.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise EquipoiseError(f"{output} cannot be made: {parent} may not be written to.")
+
+
 def _mmlu(
     data: str | None,
     split: str,
@@ -197,8 +233,11 @@ def _mmlu(
     taxonomy: str,
 ) -> Any:
     from equipoise.capture.mmlu import load_questions
+    from equipoise.errors import EquipoiseError
 
-    names = [name.strip() for name in subjects.split(",") if name.strip()] if subjects else None
+    names = None if subjects is None else [n.strip() for n in subjects.split(",") if n.strip()]
+    if names is not None and not names:
+        raise EquipoiseError("--subjects is empty: name some, or leave it out for all 57.")
     questions = load_questions(data, split, names, limit, shots=shots, taxonomy=taxonomy)
     questions.require_shots(shots)
     return questions

@@ -142,7 +142,7 @@ def _layer_row(
         "top_k": layer.top_k,
         "tokens": tokens,
         "counts": counts_E.tolist(),
-        "never_selected": np.flatnonzero(counts_E == 0).tolist(),
+        "never_selected": np.flatnonzero(counts_E == 0).tolist() if tokens else [],
         "least_used": np.argsort(counts_E, kind="stable").tolist(),
         "unrouted": unrouted,
         "unrouted_share": unrouted / (tokens * layer.top_k) if tokens else None,

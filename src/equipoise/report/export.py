@@ -75,7 +75,7 @@ def plain(value: Any) -> Any:
 def _flat(row: Row) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     for key, value in row.items():
-        if key.endswith("interval") and not isinstance(value, str):
+        if key.endswith("interval") and key != "no_interval":
             cells[f"{key}_low"], cells[f"{key}_high"] = value or (None, None)
         elif isinstance(value, list):
             cells[key] = " ".join(map(str, value))

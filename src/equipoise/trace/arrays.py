@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def part_from_arrays(
     described = _layers(ids_TLK, layers, num_experts)
     order = [[d.name for d in described].index(d.name) for d in name_layers(described)]
     ids_TLK, described = ids_TLK[:, order], list(name_layers(described))
+    _warn_of_filling(ids_TLK, described)
     sequence_T = _sequence_numbers(sequences, len(ids_TLK))
     weights_TLK = _weights(weights, ids_TLK.shape)
     if weights_TLK is not None:
@@ -97,7 +99,9 @@ def _layers(
     ids_TLK: Array, layers: Sequence[int] | None, num_experts: int | Sequence[int] | None
 ) -> list[Layer]:
     _, count, top_k = ids_TLK.shape
-    numbers = list(range(count)) if layers is None else [int(number) for number in layers]
+    numbers = list(range(count))
+    if layers is not None:
+        numbers = [int(number) for number in np.atleast_1d(np.asarray(layers))]
     if len(numbers) != count or len(set(numbers)) != count:
         raise EquipoiseError(
             f"layers has {len(numbers)} numbers ({len(set(numbers))} distinct) and ids {count}"
@@ -105,14 +109,19 @@ def _layers(
         )
     if num_experts is None:
         experts = [int(_largest(ids_TLK[:, i])) + 1 for i in range(count)]
-        experts = [max(max(experts), 1)] * count
+        experts = [max(*experts, top_k, 1)] * count
     elif isinstance(num_experts, (int, np.integer)):
         experts = [int(num_experts)] * count
     else:
-        experts = [int(number) for number in num_experts]
+        experts = [int(number) for number in np.atleast_1d(np.asarray(num_experts))]
     if len(experts) != count or min(experts) < 1 or max(experts) > 65534:
         raise EquipoiseError(
             f"num_experts is {num_experts!r}; wanted one number from 1 to 65,534, or {count} of them."
+        )
+    if top_k > min(experts):
+        raise EquipoiseError(
+            f"ids has {top_k} experts per token, and num_experts is {min(experts)}: top-k cannot be"
+            " more than the experts. Is the shape [T, L, K]?"
         )
     return [
         Layer(number, f"layers.{number}", experts[i], top_k, f"layer_{number}")
@@ -133,6 +142,22 @@ def _narrow(ids_TK: Array, layer: Layer) -> Array:
         none = np.iinfo(ids_TK.dtype).max
         ids_TK = np.where(ids_TK == none, -1, ids_TK.astype(np.int64))
     return np.ascontiguousarray(ids_TK.astype(layer.id_dtype))
+
+
+def _warn_of_filling(ids_TLK: Array, layers: Sequence[Layer]) -> None:
+    """One expert, K times, in every token, is no top-k: engines fill what they did not see so."""
+    if len(ids_TLK) == 0 or ids_TLK.shape[2] < 2:
+        return
+    first_L = ids_TLK[0, :, 0]
+    none = np.iinfo(ids_TLK.dtype).max if ids_TLK.dtype.kind == "u" else -1
+    filled_L = (ids_TLK == first_L[:, None]).all((0, 2)) & (first_L != none)
+    for layer in (layer for layer, filled in zip(layers, filled_L, strict=True) if filled):
+        warnings.warn(
+            f"Layer {layer.layer}: every token selects one and the same expert {layer.top_k} times,"
+            " which no top-k does. Is it a dense layer, or one that the engine did not see and filled"
+            " with zeros? Leave such layers out.",
+            stacklevel=4,
+        )
 
 
 def _sequence_numbers(sequences: Array | None, tokens: int) -> Array:
