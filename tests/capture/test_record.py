@@ -446,7 +446,7 @@ def test_memory_stays_bounded(model: nn.Module, tmp_path: Path) -> None:
     with equipoise.record(model, tmp_path / "t", window_tokens=64) as recorder:
         for step in range(200):
             model(tokens(1, 32, seed=step))
-            assert len(recorder._book) <= 1
+            assert not len(recorder._book)
             assert sum(map(len, recorder._writer.arena.ids.chunks)) <= 2**20
     assert equipoise.open(tmp_path / "t").tokens == 6400
 
@@ -493,3 +493,46 @@ def test_resuming_another_task_is_refused(model: nn.Module, tmp_path: Path) -> N
     with equipoise.record(model, tmp_path / "t", meta=first, resume=True) as recorder:
         answer(model, recorder, 1)
     assert equipoise.open(tmp_path / "t").tokens == 12
+
+
+@torch.no_grad()
+def test_generation_in_a_labelled_batch_goes_on_from_its_prompt(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    prompt = tokens(2, 7)
+    with equipoise.record(model, tmp_path / "t") as recorder:
+        numbers = [recorder.add_sequence(domain=name, roles=[("text", 0, 7)]) for name in "ab"]
+        with recorder.batch(numbers, lengths=[7, 7]):
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
+            )
+        model(tokens(1, 3))  # unlabelled, between two batches
+        with recorder.batch(numbers[:1], lengths=[5]):
+            model(tokens(1, 5))
+    trace = equipoise.open(tmp_path / "t")
+    only_a = trace.select(domain="a")
+    assert only_a.select(phase="prefill").tokens == 7 + 5
+    assert only_a.select(phase="decode").tokens == 3
+    assert only_a.select(role="text").tokens == 7 + 5
+    decode = next(trace.select(domain="b", phase="decode").batches())
+    assert decode.position_T.tolist() == [7, 8, 9]
+    assert trace.tokens == 2 * 10 + 3 + 5
+
+
+@torch.no_grad()
+def test_layers_of_one_stack_with_different_rows_are_refused(tmp_path: Path) -> None:
+    model = olmoe()
+    block = model.model.layers[1].mlp
+    real = block.forward
+
+    def half(hidden_states: torch.Tensor) -> torch.Tensor:
+        real(hidden_states[:, :4])
+        return hidden_states
+
+    with (
+        pytest.raises(RoutingError, match="routed 4 rows in a pass in which its stack routed 8"),
+        equipoise.record(model, tmp_path / "t"),
+    ):
+        block.forward = half
+        model(tokens(1, 8))
+    assert equipoise.open(tmp_path / "t").tokens == 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.capture.buffers import Arena, Block, Describes, Pass, Staging
-from equipoise.capture.passes import Batch, batch_shape
+from equipoise.capture.passes import Batch, batch_shape, mask_of, past_length
 from equipoise.capture.provenance import Clock
 from equipoise.capture.sequences import SequenceBook, keep
 from equipoise.capture.writer import WriterThread
@@ -49,6 +49,8 @@ class Listener:
         self._checks = {_last_of_stack(manifest.layers, stack) for stack in manifest.stacks}
         self.batch: Batch | None = None
         """What a runner says of the next passes; None: infer it from their arguments."""
+        self._first: tuple[Batch, int, int] | None = None
+        """The first pass of a batch: what was said, the length of its cache, its width."""
         self._handles: list[Any] = []
         self._staging: dict[torch.device, Staging] = {}
         self._device_of: dict[int, torch.device] = {}
@@ -92,14 +94,28 @@ class Listener:
             signature = inspect.signature(_plain(module).forward)
             arguments = signature.bind_partial(*args, **kwargs).arguments
         shape = batch_shape(arguments)
-        describe: Describes | None = self.batch
-        if describe is None:
+        describe: Describes
+        if self.batch is not None:
+            describe = self._told(self.batch, arguments, shape)
+        else:
             self._book.forget_written(self._writer.rotate())
             describe = self._book.infer(arguments, shape)
             keep(self._writer.arena, describe.sequences)
         self._pass = Pass(describe, shape)
         if self._two_stacks and self.batch is None:
             self._pass.decoder = self._book.infer_decoder(arguments)
+
+    def _told(
+        self, batch: Batch, arguments: Mapping[str, Any], shape: tuple[int, int] | None
+    ) -> Batch:
+        """What the runner said of this pass; generation goes on from the first pass it spoke of."""
+        if shape is None:
+            return batch
+        past = past_length(arguments, shape[1], mask_of(arguments))
+        if self._first is None or self._first[0] is not batch:
+            self._first = batch, past, shape[1]
+        _, before, width = self._first
+        return batch.later(width, past - before - width) if past >= before + width else batch
 
     def _hear(self, index: int, routing: Routing) -> None:
         if _recomputing():

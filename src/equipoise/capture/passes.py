@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+UNLIMITED = 2**31 - 1
+"""Length of a row that has no padding."""
 PREFILL, DECODE = (PHASES.index(name) for name in ("prefill", "decode"))
 
 
@@ -69,6 +71,14 @@ class Batch:
     starts: Array
     lengths: Array
     skip: Array
+
+    def later(self, width: int, columns: int) -> Batch:
+        """The rows of a pass on the cache of the first, which was `width` wide: generation.
+
+        `columns` came between the two. What is fed now is no padding.
+        """
+        starts = self.starts + np.minimum(self.lengths, width) + columns
+        return replace(self, starts=starts, lengths=np.full_like(self.lengths, UNLIMITED))
 
     def rows(self, shape: tuple[int, int]) -> RowInfo:
         """The rows of a pass of `shape` [B, S]."""
@@ -144,6 +154,12 @@ def batch_shape(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     if ids is None or not hasattr(ids, "shape") or len(ids.shape) < 2:
         return None
     return int(ids.shape[0]), int(ids.shape[1])
+
+
+def mask_of(arguments: Mapping[str, Any], name: str = "attention_mask") -> Tensor | None:
+    """The 2-D attention mask [B, past + S] of a pass; None where it has none, or another kind."""
+    mask = arguments.get(name)
+    return mask if getattr(mask, "ndim", 0) == 2 else None
 
 
 def past_length(arguments: Mapping[str, Any], width: int, mask: Tensor | None) -> int:

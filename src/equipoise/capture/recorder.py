@@ -16,7 +16,7 @@ from torch import nn
 
 from equipoise.capture.listener import Listener
 from equipoise.capture.off import Off
-from equipoise.capture.passes import Batch, role_codes
+from equipoise.capture.passes import UNLIMITED, Batch, role_codes
 from equipoise.capture.provenance import Clock, describe_model, provenance
 from equipoise.capture.ranks import Ranks, find_ranks
 from equipoise.capture.sequences import SequenceBook, drop_unfinished, keep
@@ -284,14 +284,14 @@ class Recorder:
         """Say what the rows of the forward passes inside are.
 
         Row b, column c is position `starts[b] + c` of `sequences[b]` while `c < lengths[b]`, and
-        padding beyond. Positions below `skip[b]` repeat a context that was counted before.
+        padding beyond. Positions below `skip[b]` repeat a context that was counted before. Passes on
+        the cache of the first (`generate`) go on where it ended.
         """
         count = len(sequences)
         known = [self._book[number] for number in sequences]
         starts_B = np.asarray([0] * count if starts is None else starts, np.int64)
         skip_B = np.asarray([0] * count if skip is None else skip, np.int64)
-        huge = [2**31 - 1] * count
-        lengths_B = np.asarray(huge if lengths is None else lengths, np.int64)
+        lengths_B = np.asarray([UNLIMITED] * count if lengths is None else lengths, np.int64)
         if not len(starts_B) == len(lengths_B) == len(skip_B) == count:
             raise EquipoiseError("starts, lengths and skip need one number for each sequence.")
         self._book.forget_written(self._writer.rotate())

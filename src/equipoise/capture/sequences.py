@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from equipoise.capture.buffers import Arena
-from equipoise.capture.passes import Inferred, RunSequence, batch_shape, past_length
+from equipoise.capture.passes import Inferred, RunSequence, batch_shape, mask_of, past_length
 from equipoise.errors import EquipoiseError
 
 
@@ -31,21 +29,22 @@ class SequenceBook:
 
     def new(self, values: dict[str, Any], codes: Any = None) -> RunSequence:
         """A sequence with these labels, and the role code of each position."""
-        sequence = RunSequence(self._next, values, codes)
-        self._next += 1
+        sequence = self._numbered(values, codes)
         self._known[sequence.number] = sequence
         return sequence
+
+    def _numbered(self, values: dict[str, Any], codes: Any = None) -> RunSequence:
+        self._next += 1
+        return RunSequence(self._next - 1, values, codes)
 
     def infer(self, arguments: Mapping[str, Any], shape: tuple[int, int] | None) -> Inferred:
         """What the arguments of a pass say: rows are sequences, a cache goes on with the last ones."""
         batch, width = shape or (1, 0)
-        mask = arguments.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask = mask_of(arguments)
         past = past_length(arguments, width, mask) if shape is not None else 0
         encoded = arguments.get("encoder_outputs") is not None and shape is None
         if not (past or encoded) or (len(self._live) != batch and not encoded):
-            self._known = {}  # a long run must not remember every sequence
-            self._live = [self.new({}) for _ in range(batch)]
+            self._live = [self._numbered({}) for _ in range(batch)]
         if mask is not None:
             mask = mask.detach().to("cpu", non_blocking=True)
         return Inferred(list(self._live), past, mask)
@@ -61,8 +60,7 @@ class SequenceBook:
         shape = batch_shape(given)
         if shape is None:
             return None
-        mask = arguments.get("decoder_attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask = mask_of(arguments, "decoder_attention_mask")
         past = past_length(arguments, shape[1], mask)
         host = None if mask is None else mask.detach().to("cpu", non_blocking=True)
         return Inferred(list(self._live), past, host), shape

@@ -143,6 +143,12 @@ class _Windows:
         self, rows: Rows, position: int, layer: Layer, block: Block, keep_T: Array, here: slice
     ) -> None:
         ids_TK = block.ids.numpy()
+        if len(ids_TK) != len(keep_T):
+            raise RoutingError(
+                f"Layer {layer.layer} ({layer.path}) routed {len(ids_TK)} rows in a pass in which its"
+                f" stack routed {len(keep_T)}: its rows cannot be told apart, so nothing more is"
+                " recorded."
+            )
         wrong = narrow(ids_TK, keep_T, layer.experts, rows.ids[position][here])
         if wrong >= 0:
             raise RoutingError(

@@ -104,7 +104,13 @@ def trace(
         "limit": limit,
         "max_length": max_length,
         **(
-            {"shots": shots, "subjects": subjects, "split": split, "count_repeats": count_repeats}
+            {
+                "shots": shots,
+                "subjects": subjects,
+                "split": split,
+                "taxonomy": taxonomy,
+                "count_repeats": count_repeats,
+            }
             if task == "mmlu"
             else {"field": field, "domain_field": domain_field}
         ),

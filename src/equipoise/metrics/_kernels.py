@@ -50,6 +50,7 @@ def count_bytes(ids: Any, out_E: Any) -> bool:
 
 @kernel
 def count_words16(words: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> None:
+    """Add two-byte ids, four to a word, to tables with an entry for every value of the type."""
     low, one = uint64(65535), uint64(1)
     for i in range(words.size):
         w = words[i]
