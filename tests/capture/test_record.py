@@ -536,3 +536,22 @@ def test_layers_of_one_stack_with_different_rows_are_refused(tmp_path: Path) -> 
         block.forward = half
         model(tokens(1, 8))
     assert equipoise.open(tmp_path / "t").tokens == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "ran before recording"])
+@torch.no_grad()
+def test_a_compiled_model_is_recorded_as_the_eager_one(tmp_path: Path, ran_before: bool) -> None:
+    model = olmoe()
+    batch = tokens(2, 12)
+    expected = chosen(model, batch).numpy()
+    compiled = torch.compile(model, backend="aot_eager")
+    if ran_before:
+        compiled(batch)
+    with equipoise.record(compiled, tmp_path / "t"):
+        compiled(batch)
+        compiled(batch)
+    torch.compiler.reset()
+    trace = equipoise.open(tmp_path / "t")
+    assert trace.tokens == 48
+    assert (trace.expert_ids_TLK == np.concatenate([expected, expected])).all()

@@ -49,7 +49,7 @@ def record(
             model.generate(**inputs)
 
     Args:
-        model: a transformers model, the module that your loop calls; compile it afterwards.
+        model: a transformers model, the module that your loop calls, compiled or not.
         path: folder to write.
         level: "counts"; "ids", experts per token; or "full", ids, weights and the scores' margin.
         every: keep the token rows of one sequence in `every`. Counts stay exact.
@@ -70,18 +70,7 @@ def record(
     """
     if os.environ.get("EQUIPOISE_TRACE", "").lower() in OFF:
         return Off()
-    if not isinstance(model, nn.Module):
-        raise EquipoiseError(
-            f"record wants the loaded model (a torch module), not {type(model).__name__}."
-        )
-    if level not in LEVELS:
-        raise EquipoiseError(
-            f"No level {level!r}: allowed are {', '.join(LEVELS)}." + nearest(level, LEVELS)
-        )
-    if every < 1 or window_tokens < 1:
-        raise EquipoiseError(f"every={every}, window_tokens={window_tokens}: both are at least 1.")
-    if force and resume:
-        raise EquipoiseError("force and resume exclude each other: overwrite the trace, or go on.")
+    _check_arguments(model, level, every, window_tokens, force and resume)
     sites = discover(model)
     if not sites and not allow_dense:
         raise RoutingError(
@@ -92,6 +81,21 @@ def record(
     return Recorder(
         model, sites, Path(path), level, every, force, resume, meta or {}, window_tokens, ranks
     )
+
+
+def _check_arguments(model: object, level: str, every: int, window_tokens: int, both: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise EquipoiseError(
+            f"record wants the loaded model (a torch module), not {type(model).__name__}."
+        )
+    if level not in LEVELS:
+        raise EquipoiseError(
+            f"No level {level!r}: allowed are {', '.join(LEVELS)}." + nearest(level, LEVELS)
+        )
+    if every < 1 or window_tokens < 1:
+        raise EquipoiseError(f"every={every}, window_tokens={window_tokens}: both are at least 1.")
+    if both:
+        raise EquipoiseError("force and resume exclude each other: overwrite the trace, or go on.")
 
 
 class Recorder:

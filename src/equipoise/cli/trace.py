@@ -154,33 +154,28 @@ def trace(
     with _finished(recorder, output), recorder, _progress(quiet, task) as progress:
         if resume and recorder.done:
             say(f"Resuming {output}: {len(recorder.done):,} sequences are there already.")
+        shared = {"max_length": max_length, "progress": progress}
         if work is not None:
-            from equipoise.capture.runner import run_mmlu
-
-            run_mmlu(
-                loaded.model,
-                loaded.tokenizer,
-                recorder,
-                work,
-                shots,
-                batch_size,
-                prefix_cache=prefix_cache,
-                count_repeats=count_repeats,
-                max_length=max_length,
-                progress=progress,
-            )
+            shared |= {"prefix_cache": prefix_cache, "count_repeats": count_repeats}
+            _run_mmlu(loaded, recorder, work, shots, batch_size, shared)
         else:
-            from equipoise.capture.text import run_text
+            _run_text(loaded, recorder, documents or [], batch_size, shared)
 
-            run_text(
-                loaded.model,
-                loaded.tokenizer,
-                recorder,
-                documents or [],
-                batch_size,
-                max_length=max_length,
-                progress=progress,
-            )
+
+def _run_mmlu(
+    loaded: Any, recorder: Any, work: Any, shots: int, batch_size: int, more: dict[str, Any]
+) -> None:
+    from equipoise.capture.runner import run_mmlu
+
+    run_mmlu(loaded.model, loaded.tokenizer, recorder, work, shots, batch_size, **more)
+
+
+def _run_text(
+    loaded: Any, recorder: Any, documents: Any, batch_size: int, more: dict[str, Any]
+) -> None:
+    from equipoise.capture.text import run_text
+
+    run_text(loaded.model, loaded.tokenizer, recorder, documents, batch_size, **more)
 
 
 def _check(output: Path, task: str, level: str, force: bool, resume: bool) -> None:
