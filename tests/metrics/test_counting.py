@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import EquipoiseError
-from equipoise.metrics.counting import count_grouped, count_ids
+from equipoise.metrics.counting import count_columns, count_grouped, count_ids
 from tests.metrics import naive
 
 DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "int64")
@@ -48,6 +48,55 @@ def test_any_alignment_and_slice_counts_alike(tokens, top_k, skip, dtype):
 def test_sixteen_bits_count_more_than_256_experts():
     ids, plain = routed(500, 8, 700, "uint16", missing=0.05)
     assert count_ids(ids, 700).tolist() == naive.count_ids(plain, 700)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 32, 60, 64, 100, 127, 128, 129, 255])
+@pytest.mark.parametrize("size", [16384, 4096 * 31 + 13, 300_001])
+@pytest.mark.parametrize("skip", [0, 3])
+def test_long_columns_of_bytes_count_alike_in_pairs(experts, size, skip):
+    rng = np.random.default_rng(experts)
+    ids = rng.integers(0, experts, size).astype(np.uint8)
+    ids[9000:9100] = 255  # one block has to be counted singly
+    real = ids[skip:][ids[skip:] != 255]
+    expected = np.bincount(real, minlength=experts)
+    assert (count_ids(ids[skip:], experts) == expected).all()
+
+
+@pytest.mark.parametrize("ids", [(0, 0), (127, 127), (0, 127), (127, 0)])
+def test_one_pair_over_and_over_does_not_overflow(ids):
+    expected = np.bincount(ids, minlength=128) * 200_000
+    assert (count_ids(np.array([ids] * 200_000, np.uint8), 128) == expected).all()
+
+
+@pytest.mark.parametrize("wrong", [100, 127, 128, 254])
+@pytest.mark.parametrize("place", [0, 1, 20_000, -1])
+def test_impossible_id_in_a_long_column_is_named_and_forgotten(wrong, place):
+    ids = np.random.default_rng(0).integers(0, 100, 50_001).astype(np.uint8)
+    expected = np.bincount(ids, minlength=100)
+    bad, out = ids.copy(), np.zeros(100, np.int64)
+    bad[place] = wrong
+    with pytest.raises(EquipoiseError, match=f"expert id {wrong} in a layer of 100"):
+        count_ids(bad, 100, out)
+    assert not out.any()
+    assert (count_ids(ids, 100) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_columns_in_one_stretch_of_memory_are_counted_each_for_itself(dtype):
+    rng, sizes, experts = np.random.default_rng(0), [40_000, 0, 7, 20_001], [100, 3, 7, 200]
+    columns = [rng.integers(0, e, n) for n, e in zip(sizes, experts, strict=True)]
+    memory = np.full(90_000, 254, dtype)
+    starts = np.array([3, 41_000, 41_009, 60_000])
+    for start, ids in zip(starts, columns, strict=True):
+        memory[start : start + len(ids)] = ids
+    counts_LE = np.zeros((4, 200), np.int64)
+    asked = (starts, np.array(sizes), np.array(experts))
+    assert count_columns(memory, *asked, counts_LE) is None
+    assert (counts_LE == [np.bincount(ids, minlength=200) for ids in columns]).all()
+    memory[41_010] = 7
+    assert count_columns(memory, *asked, counts_LE) == 2
+    with pytest.raises(EquipoiseError, match="reach from 3 to 80,001 in 80,000 ids"):
+        count_columns(memory[:80_000], *asked, counts_LE)
 
 
 def test_mask_keeps_the_rows_where_it_is_true():

@@ -15,52 +15,6 @@ from equipoise.metrics._compile import kernel
 
 
 @kernel
-def count_bytes(ids: Any, out_E: Any) -> bool:
-    """Add one-byte ids, flat, to out_E [E]; False, and out_E as it was, where one is impossible."""
-    # One load brings eight ids. Neighbours go to different tables, because two additions in a row
-    # to the same address have to wait for each other; and a table has an entry for every value of
-    # the type, so that nothing can overflow and the range is checked once, at the end.
-    low, one = uint64(255), uint64(1)
-    tables = np.zeros((4, 256), np.uint64)
-    b0, b1, b2, b3 = tables[0], tables[1], tables[2], tables[3]
-    head = min(-ids.ctypes.data % 8, ids.size)
-    stop = head + (ids.size - head) // 8 * 8
-    words = ids[head:stop].view(np.uint64)
-    for i in range(head):
-        b0[ids[i]] += one
-    for i in range(stop, ids.size):
-        b0[ids[i]] += one
-    for i in range(words.size):
-        w = words[i]
-        b0[w & low] += one
-        b1[(w >> uint64(8)) & low] += one
-        b2[(w >> uint64(16)) & low] += one
-        b3[(w >> uint64(24)) & low] += one
-        b0[(w >> uint64(32)) & low] += one
-        b1[(w >> uint64(40)) & low] += one
-        b2[(w >> uint64(48)) & low] += one
-        b3[w >> uint64(56)] += one
-    for e in range(out_E.size, 255):
-        if b0[e] + b1[e] + b2[e] + b3[e] > 0:
-            return False
-    for e in range(out_E.size):
-        out_E[e] += np.int64(b0[e] + b1[e] + b2[e] + b3[e])
-    return True
-
-
-@kernel
-def count_words16(words: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> None:
-    """Add two-byte ids, four to a word, to tables with an entry for every value of the type."""
-    low, one = uint64(65535), uint64(1)
-    for i in range(words.size):
-        w = words[i]
-        b0[w & low] += one
-        b1[(w >> uint64(16)) & low] += one
-        b2[(w >> uint64(32)) & low] += one
-        b3[w >> uint64(48)] += one
-
-
-@kernel
 def count_grouped(ids_TK: Any, group_T: Any, out_GE: Any, none: Any) -> tuple[int, int]:
     """Add to out_GE [G, E]; returns (row, group) of the first fault, or (-1, 0).
 

@@ -29,6 +29,14 @@ def _compiled() -> Any:
     return _kernels
 
 
+@cache
+def _columns() -> Any:
+    """The compiled loops over columns, as late."""
+    from equipoise.metrics import _columns
+
+    return _columns
+
+
 def count_ids(
     ids_TK: Ids,
     num_experts: int,
@@ -46,19 +54,37 @@ def count_ids(
         counts_E: Counts = count_grouped(ids_TK, group_T, 1, num_experts, out_GE)[0]
         return counts_E
     ids = unsigned(ids_TK, num_experts)
-    if ids.itemsize == 1:
-        return _count_bytes(np.asarray(ids_TK), ids, num_experts, out_E)
+    found_E = np.zeros(num_experts, np.int64) if out_E is None else out_E
+    found_E = _checked_out(found_E, (num_experts,))
     if ids.itemsize > 2:
-        found_E = _count_wide(np.asarray(ids_TK), num_experts)
+        found_E += _count_wide(np.asarray(ids_TK), num_experts)
     else:
-        found_E, complete = _count_narrow(ids.reshape(-1), num_experts)
-        if not complete:
-            raise_impossible(np.asarray(ids_TK), num_experts)
-    if out_E is None:
-        return found_E
-    out_E = _checked_out(out_E, (num_experts,))
-    out_E += found_E
-    return out_E
+        _count_narrow(np.asarray(ids_TK), ids, found_E)
+    return found_E
+
+
+def count_columns(
+    memory: NDArray[np.unsignedinteger],
+    start_L: NDArray[np.int64],
+    size_L: NDArray[np.int64],
+    experts_L: NDArray[np.int64],
+    counts_LE: Counts,
+) -> int | None:
+    """Count columns of uint8 or uint16 ids in one stretch of memory, added to counts_LE.
+
+    One call for all layers, since a call costs as much as thousands of ids. Column l is
+    memory[start_L[l] : start_L[l] + size_L[l]]. Stops before the first column with an impossible id
+    and returns its number, else None. Raises EquipoiseError for a column outside the memory.
+    """
+    stop_L = start_L + size_L
+    if len(start_L) and (start_L.min() < 0 or stop_L.max() > len(memory)):
+        raise EquipoiseError(
+            f"columns of ids reach from {start_L.min():,} to {stop_L.max():,} in {len(memory):,} ids"
+        )
+    loops = _columns()
+    count = loops.count_byte_columns if memory.itemsize == 1 else loops.count_word_columns
+    wrong = int(count(memory, start_L, size_L, experts_L, counts_LE, _scratch_memory()))
+    return None if wrong < 0 else wrong
 
 
 def count_grouped(
@@ -126,43 +152,23 @@ def raise_impossible(ids: Ids, num_experts: int) -> None:
         )
 
 
-def _count_bytes(
-    given: Ids, ids: NDArray[np.unsignedinteger], experts: int, out_E: Counts | None
-) -> Counts:
-    """One-byte ids, eight at a time; `given` is how they came, for the error."""
-    out_E = np.zeros(experts, np.int64) if out_E is None else _checked_out(out_E, (experts,))
-    if not _compiled().count_bytes(ids.reshape(-1), out_E):
-        raise_impossible(given, experts)
-    return out_E
+def _count_narrow(given: Ids, ids: NDArray[np.unsignedinteger], out_E: Counts) -> None:
+    """One- and two-byte ids; `given` is how they came, for the error."""
+    loops = _columns()
+    count = loops.count_bytes if ids.itemsize == 1 else loops.count_words
+    if not count(ids.reshape(-1), out_E, _scratch_memory()):
+        raise_impossible(given, len(out_E))
 
 
-def _count_narrow(ids: NDArray[np.unsignedinteger], num_experts: int) -> tuple[Counts, bool]:
-    """Two-byte ids: a table entry for every value of the type, so nothing can overflow.
-
-    The entries outside [0, E) prove the range afterwards, at no cost per id; with the counts comes
-    whether every id was possible.
-    """
-    tables = _tables()
-    head = min(-ids.ctypes.data % 8 // 2, ids.size)
-    body = (ids.size - head) // 4 * 4
-    _compiled().count_words16(ids[head : head + body].view(np.uint64), *tables)
-    for edge in (ids[:head], ids[head + body :]):
-        np.add.at(tables[0], edge, 1)
-    found_E = tables[:, :num_experts].sum(0).astype(np.int64)
-    none = int(tables[:, -1].sum())
-    complete = int(found_E.sum()) + none == ids.size
-    tables[:, : num_experts if complete else None] = 0
-    tables[:, -1] = 0
-    return found_E, complete
-
-
-def _tables() -> NDArray[np.uint64]:
-    """Four zeroed tables of this thread, [4, 65536]; users leave them zeroed."""
-    tables: NDArray[np.uint64] | None = getattr(_scratch, "tables", None)
-    if tables is None:
+def _scratch_memory() -> tuple[NDArray[Any], ...]:
+    """This thread's scratch memory for the loops over columns, who leave it as they find it."""
+    memory: tuple[NDArray[Any], ...] | None = getattr(_scratch, "memory", None)
+    if memory is None:
+        loops = _columns()
         tables = np.zeros((4, 1 << 16), np.uint64)
-        _scratch.tables = tables
-    return tables
+        cells = np.zeros(4**loops.MOST_BITS, np.uint16)
+        memory = _scratch.memory = (tables, cells, np.zeros(loops.BLOCK // 8, np.uint64))
+    return memory
 
 
 def _count_wide(ids: Ids, num_experts: int) -> Counts:

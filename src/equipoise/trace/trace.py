@@ -18,6 +18,7 @@ from equipoise.trace.files import list_column
 from equipoise.trace.labels import accuracy, is_in, next_number, sequence_table
 from equipoise.trace.parts import Part
 from equipoise.trace.provenance import merged
+from equipoise.trace.recount import recount
 from equipoise.trace.rows import RowReader, TokenBatch, Where
 from equipoise.trace.schema import LABELS, SEQUENCES_SCHEMA, Layer
 
@@ -256,6 +257,10 @@ class Trace:
     def recount(self) -> NDArray[np.int64]:
         """Count the stored token rows again, int64 [L, E]; equals `counts_LE` if rows are complete."""
         counts_LE = np.zeros((len(self.layers), self._max_experts), np.int64)
+        if self.has_rows and not self._view.where:
+            for part in self._counted_parts():
+                recount(part, self.layers, counts_LE)
+            return counts_LE
         for batch in self.batches(columns="ids"):
             for index, ids_TK in batch.ids.items():
                 experts = self.layers[index].experts
