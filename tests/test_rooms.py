@@ -19,6 +19,9 @@ ALLOWED = {
     "models": set(),
     "metrics": set(),
     "trace": {"metrics"},
+    "nn": set(),
+    # A trace is where training writes the load of each step, as capture does that of inference.
+    "balance": {"models", "nn", "metrics", "trace"},
     "capture": {"models", "trace", "metrics"},
     "diagnose": {"trace", "metrics"},
     "report": {"trace", "metrics", "diagnose"},

@@ -34,7 +34,7 @@ _HOMES = {
     "RoutingError": ("equipoise.errors", "RoutingError"),
     "TraceError": ("equipoise.errors", "TraceError"),
 }
-_ROOMS = ("capture", "diagnose", "metrics", "models", "report", "trace")
+_ROOMS = ("balance", "capture", "diagnose", "metrics", "models", "nn", "report", "trace")
 
 __all__ = [
     "EquipoiseError",

@@ -19,7 +19,7 @@ from equipoise.errors import RoutingError
 from equipoise.models import experts
 from equipoise.models.scan import Scan, class_names
 from equipoise.models.sites import RouterSite
-from equipoise.models.taps import Observer
+from equipoise.models.taps import Hear
 from equipoise.routing import NO_EXPERT
 
 Adapter = Callable[[Scan, str, Any], RouterSite]
@@ -29,11 +29,16 @@ def llama4(scan: Scan, path: str, router: Any) -> RouterSite:
     """All experts run on all tokens, scaled by 0 where not selected; the router knows which."""
     top_k = int(router.top_k)
 
-    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
-        def at_router(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+    def install(hear: Hear, scores: bool) -> list[RemovableHandle]:
+        def at_router(_m: nn.Module, _a: Any, output: tuple[Tensor, Tensor]) -> Any:
             weights_TE, logits_TE = output
-            ids = torch.topk(logits_TE, top_k, dim=1).indices
-            hear(ids, weights_TE.gather(1, ids), logits_TE)
+            # Those not selected got the weight sigmoid(-inf) = 0.
+            ids = torch.topk(weights_TE.detach(), top_k, dim=1).indices
+            weights = weights_TE.gather(1, ids)
+            _, carried = hear(ids, weights, logits_TE)
+            if carried is weights or carried is None:
+                return None
+            return weights_TE.scatter(1, ids, carried), logits_TE
 
         return [router.register_forward_hook(at_router)]
 
@@ -44,15 +49,18 @@ def jetmoe(scan: Scan, path: str, router: Any) -> RouterSite:
     """Two routers in a layer, for attention and feed-forward; each gives its dispatch order."""
     num_experts, top_k = int(router.num_experts), int(router.top_k)
 
-    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
-        def at_router(_: nn.Module, __: Any, output: Any) -> None:
-            order, _batch, gates, sizes, logits_TE = output
+    def install(hear: Hear, scores: bool) -> list[RemovableHandle]:
+        def at_router(_m: nn.Module, _a: Any, output: Any) -> Any:
+            order, batch, gates, sizes, logits_TE = output
             of_slot = torch.arange(num_experts, device=order.device).repeat_interleave(
                 torch.tensor(sizes, device=order.device), output_size=order.numel()
             )
             ids = torch.empty_like(order).scatter_(0, order, of_slot)
-            weights = torch.empty_like(gates).scatter_(0, order, gates)
-            hear(ids.view(-1, top_k), weights.view(-1, top_k), logits_TE)
+            weights = torch.zeros_like(gates).scatter(0, order, gates).view(-1, top_k)
+            _, carried = hear(ids.view(-1, top_k), weights, logits_TE)
+            if carried is weights or carried is None:
+                return None
+            return order, batch, carried.reshape(-1).gather(0, order), sizes, logits_TE
 
         return [router.register_forward_hook(at_router)]
 
@@ -63,7 +71,7 @@ def doge(scan: Scan, path: str, block: Any) -> RouterSite:
     """Product keys: an expert is a pair of keys, heard where its embedding row is looked up."""
     num_keys = int(block.num_keys)
 
-    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
+    def install(hear: Hear, scores: bool) -> list[RemovableHandle]:
         heard: list[Tensor] = []
 
         def at_lookup(_: nn.Module, args: tuple[Tensor]) -> None:

@@ -13,7 +13,25 @@ from equipoise.errors import RoutingError
 from equipoise.models import configs
 from equipoise.models.scan import Scan
 
-_BIAS = re.compile(r"correction_bias|expert_bias|balancing_bias|selection_bias|moe_static")
+BIAS_NAMES = r"correction_bias|expert_bias|balancing_bias|selection_bias"
+"""What a bias that acts on selection only is called."""
+_BIAS = re.compile(rf"{BIAS_NAMES}|moe_static")
+_GIVES_PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
+"""Routers that return probabilities where others return logits."""
+_COMPARES_LOGITS = (
+    "AriaTextTopKRouter",
+    "Cohere2MoeTopKRouter",
+    "GptOssTopKRouter",
+    "GraniteMoeTopKRouter",
+    "GraniteMoeSWATopKRouter",
+    "GraniteMoeHybridTopKRouter",
+    "GraniteMoeSharedTopKRouter",
+    "JetMoeTopKGating",
+    "Kolibri1TopKRouter",
+    "Llama4Router",
+    "OpenAIPrivacyFilterTopKRouter",
+)
+"""Routers whose top-k is taken over logits; others apply the score function first."""
 _COUNT_NAMES = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
 _TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "moe_topk", "moe_top_k", "k")
 
@@ -68,7 +86,10 @@ def top_k(modules: list[nn.Module], config: Any, path: str) -> int:
 
 
 def score_function(router: nn.Module | None, block: nn.Module, config: Any) -> str:
-    """The function that makes scores of the router's logits, by config, else by its source."""
+    """The function that makes scores of the logits: as the router or config says, else its source."""
+    stated = getattr(router, "score_function", None)
+    if isinstance(stated, str):
+        return stated
     if router is not None and hasattr(router, "tid2eid"):
         return "hash"
     configured = configs.value(
@@ -96,6 +117,19 @@ def _named_function(kind: Any) -> str | None:
         return None
     names = ("sparsemixer", "sqrtsoftplus", "sigmoid", "softmax")
     return next((name for name in names if name in source), None)
+
+
+def scores_are(router: nn.Module | None) -> str:
+    """ "probabilities" or "logits": what the router returns as its scores."""
+    return "probabilities" if type(router).__name__ in _GIVES_PROBABILITIES else "logits"
+
+
+def compares(router: nn.Module | None) -> str:
+    """ "logits" or "scores": what the router's top-k compares."""
+    stated = getattr(router, "compares", None)
+    if isinstance(stated, str):
+        return stated
+    return "logits" if type(router).__name__ in _COMPARES_LOGITS else "scores"
 
 
 def selection_bias(router: nn.Module | None, block: nn.Module) -> bool:

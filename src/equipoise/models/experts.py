@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from equipoise.models import describe
 from equipoise.models.scan import Scan, split
 from equipoise.models.sites import RouterSite
-from equipoise.models.taps import Ears, Observer
+from equipoise.models.taps import Ears, Hear
 
 _IDS = ("top_k_index", "router_indices")
 _WEIGHTS = ("top_k_weights", "routing_weights")
@@ -80,6 +80,8 @@ def describe_site(
         selection_bias=describe.selection_bias(router, around),
         shared_experts=describe.shared_experts(scan, path, config),
         family=scan.family,
+        scores_are=describe.scores_are(router),
+        compares=describe.compares(router),
         module=module,
         ears=ears,
     )
@@ -100,17 +102,25 @@ def ears(
     ids_name, weights_name = arguments or argument_names(experts) or ("", "")
     ids_at, weights_at = names.index(ids_name), names.index(weights_name)
 
-    def install(hear: Observer, scores: bool) -> list[RemovableHandle]:
+    def install(hear: Hear, scores: bool) -> list[RemovableHandle]:
         heard: list[Tensor | None] = [None]
 
         def at_router(_: nn.Module, __: Any, output: Any) -> None:
             heard[0] = scores_in(output, width)
 
-        def at_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def at_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             ids = kwargs[ids_name] if ids_name in kwargs else args[ids_at]
             weights = kwargs[weights_name] if weights_name in kwargs else args[weights_at]
             found, heard[0] = heard[0], None
-            hear(ids if read is None else read(ids), weights, found)
+            chosen = ids if read is None else read(ids)
+            used, carried = hear(chosen, weights, found)
+            if used is chosen and carried is weights:
+                return None
+            changed: dict[str, tuple[int, Any]] = {}
+            if used is not chosen:
+                changed[ids_name] = (ids_at, used)
+            changed[weights_name] = (weights_at, carried)
+            return _with(args, kwargs, changed)
 
         handles = [experts.register_forward_pre_hook(at_experts, with_kwargs=True)]
         if router is not None and scores:
@@ -118,6 +128,19 @@ def ears(
         return handles
 
     return install
+
+
+def _with(
+    args: tuple[Any, ...], kwargs: dict[str, Any], changed: dict[str, tuple[int, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with some of them replaced, wherever they were given."""
+    listed, named = list(args), dict(kwargs)
+    for name, (at, value) in changed.items():
+        if name in named:
+            named[name] = value
+        else:
+            listed[at] = value
+    return tuple(listed), named
 
 
 def scores_in(output: Any, width: int) -> Tensor | None:

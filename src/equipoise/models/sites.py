@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import RoutingError
-from equipoise.models.taps import Ears, Observer, Tap, tap_of
+from equipoise.models.steering import Steerer
+from equipoise.models.taps import Ears, Observer, Selection, Tap, tap_of
 from equipoise.routing import NO_EXPERT, Routing
 
 Interpreter = Callable[[Tensor, Tensor | None], Tensor]
@@ -22,13 +23,17 @@ _VALID_T: ContextVar[Tensor | None] = ContextVar("valid_T", default=None)
 
 
 @contextmanager
-def valid_tokens(mask_BS: Tensor | None) -> Iterator[None]:
+def valid_tokens(mask_BS: Tensor | None, *, unless_told: bool = False) -> Iterator[None]:
     """Say which token rows of the forward passes inside are tokens (True) and not padding.
+
+    With unless_told, what was said further out stands.
 
     A site takes the mask, flattened, where it has as many elements as the site has rows;
     elsewhere (a vision tower, a decoding step) every row counts as a token.
     """
-    token = _VALID_T.set(None if mask_BS is None else mask_BS.reshape(-1).bool())
+    told = _VALID_T.get()
+    valid_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+    token = _VALID_T.set(told if unless_told and told is not None else valid_T)
     try:
         yield
     finally:
@@ -57,6 +62,18 @@ class Handle:
         self.remove()
 
 
+class Steered:
+    """A steerer in place, to be taken away by `remove()`; twice is fine."""
+
+    def __init__(self, tap: Tap) -> None:
+        self._tap, self._steerer = tap, tap.steerer
+
+    def remove(self) -> None:
+        """Take the steerer away, and the hooks if nobody listens either."""
+        if self._tap.steerer is self._steerer:
+            self._tap.drop_steerer()
+
+
 @dataclass(eq=False)
 class RouterSite:
     """One router of a model: what it chooses from, and how to hear what it chooses."""
@@ -79,6 +96,10 @@ class RouterSite:
     """Experts that every token visits besides the selected ones; not counted in num_experts."""
     family: str
     """The model's `config.model_type`."""
+    scores_are: str = "logits"
+    """What the router gives as scores: "logits", or "probabilities" (gemma4)."""
+    compares: str = "scores"
+    """What its top-k compares: "scores" (after the score function) or "logits"."""
     null_experts: int = 0
     """Choices of the router beyond the experts that compute nothing, recorded as NO_EXPERT."""
     module: nn.Module = field(kw_only=True, repr=False)
@@ -96,8 +117,15 @@ class RouterSite:
         """
 
         def observer(ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> None:
-            callback(self._routing(ids, weights, scores))
+            callback(self.routing(ids, weights, scores))
 
+        return self.listen(observer, scores=scores)
+
+    def listen(self, observer: Observer, *, scores: bool = True) -> Handle:
+        """Call `observer` with ids, weights and scores just as the model passes them.
+
+        For those who must cost next to nothing; `selection` makes of them what `observe` delivers.
+        """
         tap = tap_of(self.module)
         before = tap.handles
         tap.add(observer, self.ears, scores)
@@ -106,7 +134,24 @@ class RouterSite:
             self.refresh()
         return Handle(tap, observer)
 
-    def _routing(self, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> Routing:
+    def steer(self, steerer: Steerer) -> Steered:
+        """Let `steerer` act on every forward and backward pass, until the handle is removed.
+
+        Raises RoutingError where another one acts already.
+        """
+        tap = tap_of(self.module)
+        if tap.steerer is not None:
+            raise RoutingError(
+                f"{self.path} is already steered: detach() the handle that balances this model "
+                "before attaching another."
+            )
+        tap.take_steerer(steerer, self.ears)
+        if self.refresh is not None:
+            self.refresh()
+        return Steered(tap)
+
+    def selection(self, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> Selection:
+        """Ids and weights [T, K], scores [T, E]: checked, in rows, NO_EXPERT where there is none."""
         ids = _rows(ids)
         self._check_ids(ids)
         if weights is not None:
@@ -118,6 +163,11 @@ class RouterSite:
             scores = scores if len(scores) == len(ids) else None
         if self.interpret is not None:
             ids = self.interpret(ids, weights)
+        return ids, weights, scores
+
+    def routing(self, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> Routing:
+        """The Routing of a decision as the model passes it."""
+        ids, weights, scores = self.selection(ids, weights, scores)
         valid_T = _VALID_T.get()
         if valid_T is not None and len(valid_T) != len(ids):
             valid_T = None

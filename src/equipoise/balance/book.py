@@ -1,0 +1,309 @@
+"""The book of a step: passes, their collectives, the gradient of every loss, the step's end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from equipoise.balance.catalogue import fitted
+from equipoise.balance.layers import Layer
+from equipoise.balance.meters import Meters
+from equipoise.balance.passes import PROB, Bank, Layout, Pass, Record, Statistic
+from equipoise.balance.scopes import Sequence as SequenceScope
+from equipoise.balance.scopes import Subset
+from equipoise.balance.terms import Loss, objective_of, scope_of
+from equipoise.errors import EquipoiseError
+from equipoise.routing import Routing
+
+
+class Book:
+    """Counts of one optimizer step and what the losses make of them.
+
+    `accumulation` micro-batches make a step; `ranks` processes share its tokens, whose gradients
+    are averaged (`mean`) or summed by the trainer.
+    """
+
+    def __init__(
+        self,
+        banks: Sequence[Bank],
+        losses: Sequence[Loss],
+        statistics: Sequence[Statistic],
+        *,
+        device: torch.device,
+        group: Any,
+        accumulation: int,
+        mean: bool,
+        paths: Sequence[str],
+    ) -> None:
+        self.banks, self.losses = tuple(banks), tuple(losses)
+        self.scopes = [scope_of(loss) for loss in losses]
+        self.group, self.accumulation, self.mean = group, accumulation, mean
+        self.ranks = dist.get_world_size(group) if group is not None else 1
+        self.num_layers = sum(len(bank.layers) for bank in banks)
+        self.device = device
+        self.objectives = {
+            (t, bank.index): fitted(objective_of(loss), bank.num_experts, paths[bank.layers[0]])
+            for t, loss in enumerate(losses)
+            for bank in banks
+        }
+        self.layout = Layout(banks, [*statistics, *self._statistics()])
+        self.synced = any(scope.synced for scope in self.scopes)
+        self.layers: list[Layer] = []
+        self.states: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in self.objectives}
+        self.weights: dict[int, Tensor] = {}
+        """Weights per layer [L] of the losses that a controller steers."""
+        self.step = 0
+        self.previewing = False
+        self.tokens_expected: int | None = None
+        self.scaler: Any = None
+        self.keep_passes = False
+        """Keep the counts of each micro-batch until the step's end."""
+        self.meters = Meters(len(losses), self.num_layers, device)
+        self.generators: dict[int, torch.Generator] = {}
+        self.segments: Tensor | None = None
+        self.passes = 0
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self.passes = 0
+        self.kept: list[Tensor] = []
+        self._current: Pass | None = None
+        self._unresolved: list[Pass] = []
+        self._local = self.layout.empty(self.device)
+        self._total = self.layout.empty(self.device)
+        self._exact: Tensor | None = None
+        self._previewed: Tensor | None = None
+        self.tokens_expected = None
+        for layer in self.layers:
+            layer.forget()
+
+    # -- what is counted ------------------------------------------------------------------------
+
+    def statistic(self, term: int, bank: int) -> Statistic:
+        """The counts that make the load of a loss."""
+        scope, objective = self.scopes[term], self.objectives[term, bank]
+        if objective.name == "communication":
+            return ("sent", objective.groups)
+        if isinstance(scope, Subset):
+            return ("subset", scope.seed)
+        return (self.losses[term].count,)
+
+    def _statistics(self) -> Iterator[Statistic]:
+        for term, bank in self.objectives:
+            objective, scope = self.objectives[term, bank], self.scopes[term]
+            if objective.kind == "load" and not isinstance(scope, SequenceScope):
+                yield self.statistic(term, bank)
+                if objective.needs_prob:
+                    yield PROB
+
+    def pass_for(self, layer: Layer) -> Pass:
+        """The pass that a layer is heard in: a new one begins where the order of layers does."""
+        current = self._current
+        if current is None or current.closed or layer.index <= current.last:
+            self.close()
+            current = self._current = Pass(
+                self.layout, self.layout.empty(self.device), self.previewing
+            )
+        current.last = layer.index
+        return current
+
+    def heard(self, layer: Layer, record: Record, routing: Routing) -> None:
+        """A layer was counted; after the last one the counts are sent to the other ranks."""
+        if self._needs_segments:
+            record.segment_T, record.num_segments = self._segments(record)
+        if layer.index == self.num_layers - 1:
+            self.close()
+
+    def close(self) -> None:
+        """End the pass under way: add it to the step, start its collective."""
+        current = self._current
+        if current is None or current.closed:
+            return
+        current.closed = True
+        self._current = None
+        if current.preview:
+            self._previewed = (
+                current.flat if self._previewed is None else self._previewed + current.flat
+            )
+            return
+        self.passes += 1
+        self._local += current.flat
+        if self.keep_passes:
+            self.kept.append(current.flat)
+        self.meters.micro(self.layout, current.flat)
+        if self.synced:
+            current.synced = current.flat
+            if self.group is not None and self.ranks > 1:
+                current.synced = current.flat.clone()
+                current.work = dist.all_reduce(current.synced, group=self.group, async_op=True)
+        self._unresolved.append(current)
+
+    def resolve(self, until: Pass | None = None) -> None:
+        """Take the collectives' results, in order, and let each scope see each pass once."""
+        while self._unresolved:
+            current = self._unresolved.pop(0)
+            if current.work is not None:
+                current.work.wait()
+                current.work = None
+            if current.synced is not None:
+                self._total += current.synced
+            current.loads = {}
+            for (term, bank), objective in self.objectives.items():
+                scope = self.scopes[term]
+                if objective.kind != "load" or isinstance(scope, SequenceScope):
+                    continue
+                flat = current.synced if scope.synced else current.flat
+                assert flat is not None
+                counts = self.layout.counts(flat, self.statistic(term, bank), bank)
+                current.loads[term, bank] = scope.at_pass(self.states[term, bank], counts)
+            if current is until:
+                return
+
+    def weight(self, term: int, layer: int, step: int) -> Tensor | float:
+        """The weight of a loss at one layer in one step."""
+        if term in self.weights:
+            return self.weights[term][layer]
+        return self.losses[term].weight_at(step)
+
+    def whole(self) -> bool:
+        """Whether the step saw its micro-batches; with a GradScaler that skipped steps, several."""
+        if self.scaler is not None:
+            return self.passes % self.accumulation == 0
+        return self.passes == self.accumulation
+
+    def whole_step(self) -> Tensor:
+        """Counts of the whole step, from a preview or because all its passes have been seen."""
+        if self._exact is not None:
+            return self._exact
+        if self.passes < self.accumulation:
+            raise EquipoiseError(
+                f'scope="exact": {self.passes} of {self.accumulation} micro-batches of the step '
+                "were seen when the first backward pass asked for the load of all. Run them once "
+                "within `with handle.preview():` before, or all forward passes before the first "
+                'backward pass; or take scope="global".'
+            )
+        self.resolve()
+        return self._total
+
+    # -- sequences and subsets --------------------------------------------------------------------
+
+    @property
+    def _needs_segments(self) -> bool:
+        return any(isinstance(scope, SequenceScope) for scope in self.scopes)
+
+    def _segments(self, record: Record) -> tuple[Tensor, int]:
+        """The sequence of each token row, as told, else the rows of the batch."""
+        rows = len(record.ids_TK)
+        told = self.segments if self.segments is not None else self.packed
+        if told is not None and told.numel() == rows:
+            flat = told.reshape(-1).to(record.ids_TK.device)
+            return flat, int(flat.max()) + 1 if rows else 0
+        batch = self.batch_rows or 1
+        if rows % batch:
+            raise EquipoiseError(
+                f'scope="sequence": {rows} token rows do not divide into the {batch} rows of the '
+                "batch. Say which sequence each token belongs to: handle.batch(segment_ids=...)."
+            )
+        width = max(rows // batch, 1)
+        return torch.arange(rows, device=record.ids_TK.device) // width, batch
+
+    packed: Tensor | None = None
+    """The sequence of each token of a packed batch [B, S], from its position ids."""
+    batch_rows: int | None = None
+    """Rows of the batch that the model was called with."""
+
+    def subset(self, rows: int, valid_T: Tensor | None, seed: int) -> Tensor:
+        """Indices of random valid token rows, one in `ranks`, drawn without replacement."""
+        among = torch.arange(rows) if valid_T is None else valid_T.nonzero()[:, 0].cpu()
+        order = torch.randperm(len(among), generator=self.generator(seed))
+        return among[order[: -(-len(among) // self.ranks)]].to(self.device)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The random numbers of this rank for a seed."""
+        if seed not in self.generators:
+            rank = dist.get_rank(self.group) if self.group is not None else 0
+            self.generators[seed] = torch.Generator().manual_seed(seed * 1_000_003 + rank)
+        return self.generators[seed]
+
+    # -- preview and the step's end ---------------------------------------------------------------
+
+    @contextmanager
+    def preview(self) -> Iterator[None]:
+        """Count passes for the step to come, without training on them."""
+        self.close()
+        self._previewed = None
+        self.previewing = True
+        try:
+            yield
+            self.close()
+        finally:
+            self.previewing = False
+            self._current = None
+        found = self._previewed if self._previewed is not None else self.layout.empty(self.device)
+        self._previewed = None
+        if self.group is not None and self.ranks > 1:
+            dist.all_reduce(found, group=self.group)
+        self._exact = found
+
+    def end_step(self) -> Tensor | None:
+        """Counts of the step on all ranks, flat; None where no token was seen. Empties the book."""
+        self.close()
+        self.resolve()
+        if self.passes == 0:
+            return None
+        if self.synced:
+            total = self._total
+        else:
+            total = self._local
+            if self.group is not None and self.ranks > 1:
+                dist.all_reduce(total, group=self.group)
+        for (term, bank), objective in self.objectives.items():
+            scope = self.scopes[term]
+            if objective.kind == "load" and not isinstance(scope, SequenceScope):
+                counts = self.layout.counts(total, self.statistic(term, bank), bank)
+                scope.at_step(self.states[term, bank], counts)
+        self.step += 1
+        self._begin_step()
+        return total
+
+    def set_aside(self) -> dict[str, Any]:
+        """The step under way, put away so that passes of no consequence can run."""
+        self.close()
+        self.resolve()
+        kept = {name: vars(self)[name] for name in _OF_STEP}
+        kept["states"] = {key: dict(state) for key, state in self.states.items()}
+        kept["generators"] = {s: g.get_state() for s, g in self.generators.items()}
+        self.meters = Meters(len(self.losses), self.num_layers, self.device)
+        for key in self.states:
+            self.states[key].pop("buffer", None)
+        self._begin_step()
+        return kept
+
+    def take_up(self, kept: dict[str, Any]) -> None:
+        """Go on with a step that was set aside."""
+        self._begin_step()
+        generators = kept.pop("generators")
+        for name, value in kept.items():
+            setattr(self, name, value)
+        for seed, state in generators.items():
+            self.generators[seed].set_state(state)
+
+
+_OF_STEP = (
+    "passes",
+    "kept",
+    "_current",
+    "_unresolved",
+    "_local",
+    "_total",
+    "_exact",
+    "_previewed",
+    "tokens_expected",
+    "meters",
+)
+"""What belongs to the step under way."""

@@ -1,0 +1,161 @@
+"""What is counted: one flat tensor per micro-batch, with a view per statistic and bank of layers.
+
+Layers with the same number of experts form a bank, so that everything is stacked over layers and a
+micro-batch costs one collective, whatever the number of layers: E numbers per layer and statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from equipoise.balance.layers import Layer
+
+Statistic = tuple[Any, ...]
+"""("selected",), ("unbiased",), ("kept",), ("subset", seed), ("sent", groups), ("prob",)."""
+SELECTED: Statistic = ("selected",)
+PROB: Statistic = ("prob",)
+TOKENS: Statistic = ("tokens",)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Layers with the same number of experts, and where their rows stand."""
+
+    index: int
+    layers: tuple[int, ...]
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a statistic of a bank lies in the flat tensor: [rows, columns], the last for nothing.
+
+    The last column takes what is not counted: padding, and slots that went to no expert.
+    """
+
+    start: int
+    rows: int
+    columns: int
+
+
+class Layout:
+    """The order of the statistics in the flat tensor of a micro-batch."""
+
+    def __init__(self, banks: Sequence[Bank], statistics: Iterable[Statistic]) -> None:
+        self.banks = tuple(banks)
+        self.statistics = tuple(dict.fromkeys((SELECTED, *statistics, TOKENS)))
+        self.sections: dict[tuple[Statistic, int], Section] = {}
+        self.size = 0
+        for statistic in self.statistics:
+            for bank in self.banks:
+                section = Section(self.size, len(bank.layers), _width(statistic, bank) + 1)
+                self.sections[statistic, bank.index] = section
+                self.size += section.rows * section.columns
+
+    def empty(self, device: torch.device) -> Tensor:
+        """A flat tensor of zeros; float64 holds integers exactly up to 2^53."""
+        return torch.zeros(self.size, dtype=torch.float64, device=device)
+
+    def table(self, flat: Tensor, statistic: Statistic, bank: int) -> Tensor:
+        """A view of the flat tensor, [rows, columns + 1]."""
+        section = self.sections[statistic, bank]
+        end = section.start + section.rows * section.columns
+        return flat[section.start : end].view(section.rows, section.columns)
+
+    def counts(self, flat: Tensor, statistic: Statistic, bank: int) -> Tensor:
+        """The statistic of a bank [rows, columns]."""
+        return self.table(flat, statistic, bank)[:, :-1]
+
+    def tokens(self, flat: Tensor, bank: int) -> Tensor:
+        """Valid tokens of each layer of a bank [rows]."""
+        return self.table(flat, TOKENS, bank)[:, 0]
+
+
+def _width(statistic: Statistic, bank: Bank) -> int:
+    if statistic[0] == "sent":
+        return int(max(statistic[1])) + 1
+    return 1 if statistic == TOKENS else bank.num_experts
+
+
+@dataclass(eq=False)
+class Pass:
+    """One micro-batch: what its routers selected, and the loads that its losses use."""
+
+    layout: Layout
+    flat: Tensor
+    """Counts of this rank."""
+    preview: bool = False
+    last: int = -1
+    """The layer heard last: a pass hears its layers in order, each once."""
+    closed: bool = False
+    work: Any = None
+    """The collective under way."""
+    synced: Tensor | None = None
+    """Counts of all ranks, once `work` has ended."""
+    loads: dict[tuple[int, int], Tensor | None] | None = None
+    """By (term, bank): counts [rows, columns] that make the load; None: known at the step's end."""
+    slopes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def count(self, layer: Layer, statistic: Statistic, index: Tensor) -> None:
+        """Add one to each of the columns named in `index` (any shape, long)."""
+        table = self.layout.table(self.flat, statistic, layer.bank)
+        index = index.reshape(-1)
+        ones = torch.ones((), dtype=table.dtype, device=index.device).expand(index.numel())
+        if index.device == table.device:
+            table[layer.row].scatter_add_(0, index, ones)
+        else:
+            own = torch.zeros(table.shape[1], dtype=table.dtype, device=index.device)
+            table[layer.row] += own.scatter_add_(0, index, ones).to(table.device)
+
+
+@dataclass(eq=False)
+class Record:
+    """One router's part in one micro-batch, kept until its backward pass."""
+
+    of: Pass
+    ids_TK: Tensor
+    valid_T: Tensor | None
+    segment_T: Tensor | None = None
+    """The sequence of each token, 0 upwards, where a loss asks for it."""
+    num_segments: int = 0
+
+    def masked(self, grad_TE: Tensor) -> Tensor:
+        """A gradient with the rows of padding at zero."""
+        if self.valid_T is None:
+            return grad_TE
+        return torch.where(self.valid_T.unsqueeze(1), grad_TE, 0.0)
+
+
+def share(counts_XE: Tensor) -> Tensor:
+    """Counts to shares over the last dimension, float32; zero where there is nothing."""
+    total = counts_XE.sum(-1, keepdim=True)
+    return (counts_XE / total.clamp(min=1e-300)).float()
+
+
+def banks_of(num_experts: Sequence[int]) -> list[Bank]:
+    """Layers by number of experts, in the order of their first layer."""
+    by_width: dict[int, list[int]] = {}
+    for index, width in enumerate(num_experts):
+        by_width.setdefault(width, []).append(index)
+    return [Bank(at, tuple(rows), width) for at, (width, rows) in enumerate(by_width.items())]
+
+
+def masked(ids: Tensor, valid_T: Tensor | None, nowhere: int) -> Tensor:
+    """Ids [T, K] with those of padding, and NO_EXPERT, sent to the column `nowhere`."""
+    ids = torch.where(ids < 0, nowhere, ids)
+    return ids if valid_T is None else torch.where(valid_T.unsqueeze(1), ids, nowhere)
+
+
+def groups_of(ids_TK: Tensor, group_of_E: tuple[int, ...]) -> Tensor:
+    """The group that each token is sent to, once per token and group; others -1: [T, K]."""
+    table = torch.tensor((*group_of_E, -1), device=ids_TK.device)
+    group, _ = table[ids_TK].sort(dim=1)
+    repeated = torch.zeros_like(group, dtype=torch.bool)
+    repeated[:, 1:] = group[:, 1:] == group[:, :-1]
+    return torch.where(repeated, -1, group)

@@ -1,0 +1,89 @@
+"""From a router's scores to probabilities that sum to 1, and gradients back, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from equipoise.errors import EquipoiseError
+from equipoise.models import RouterSite
+
+FUNCTIONS = {
+    "softmax": "softmax",
+    "sparsemixer": "softmax",
+    "sigmoid": "sigmoid",
+    "sqrtsoftplus": "sqrtsoftplus",
+}
+"""A site's score function, and what makes probabilities of its logits.
+
+Sigmoid and sqrtsoftplus scores are divided by their sum, as DeepSeek-V3 does for its loss.
+"""
+
+
+class Scores:
+    """How one router's scores [T, E] become probabilities [T, E], and gradients go back."""
+
+    def __init__(self, site: RouterSite) -> None:
+        self.path = site.path
+        # A bias of the model's own acts where its router adds it; ours acts on scores.
+        self._bias_on_logits = site.selection_bias and site.compares == "logits"
+        self.function = "none"
+        if site.scores_are == "probabilities":
+            self.function = "probabilities"
+        elif site.score_function != "hash":
+            self.function = FUNCTIONS.get(site.score_function, "unknown")
+
+    def required(self, scores_TE: Tensor | None, by: str) -> Tensor:
+        """The scores, or EquipoiseError where the router gives none."""
+        if scores_TE is None:
+            raise EquipoiseError(f"{self.path}: {by} needs the router's scores; it returns none.")
+        return scores_TE
+
+    def probs(self, scores_TE: Tensor) -> Tensor:
+        """Probabilities in float32, each row summing to 1."""
+        x = scores_TE.float()
+        if self.function == "softmax":
+            return torch.softmax(x, dim=-1)
+        if self.function == "probabilities":
+            return x
+        s = _gate(x, self.function)
+        return s / s.sum(-1, keepdim=True)
+
+    def compared(self, scores_TE: Tensor) -> Tensor:
+        """What a selection bias is added to, in float32: not divided by its sum."""
+        x = scores_TE.float()
+        if self._bias_on_logits:
+            return x
+        return (
+            self.probs(x)
+            if self.function in ("softmax", "probabilities")
+            else _gate(x, self.function)
+        )
+
+    def pullback(self, scores_TE: Tensor, grad_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        """From the gradient with respect to the probabilities to that with respect to the scores.
+
+        `grad_TE` may be [1, E], the same for every token.
+        """
+        if self.function == "probabilities":
+            return grad_TE.expand_as(probs_TE)
+        if grad_TE.shape[0] == 1:
+            mean_T1 = (probs_TE @ grad_TE[0]).unsqueeze(1)
+        else:
+            mean_T1 = (probs_TE * grad_TE).sum(-1, keepdim=True)
+        out = grad_TE - mean_T1
+        if self.function == "softmax":
+            return out.mul_(probs_TE)
+        x = scores_TE.float()
+        s = _gate(x, self.function)
+        slope = s * (1 - s) if self.function == "sigmoid" else torch.sigmoid(x) / (2 * s)
+        return out.mul_(slope).div_(s.sum(-1, keepdim=True))
+
+
+def _gate(x: Tensor, function: str) -> Tensor:
+    if function == "sigmoid":
+        return torch.sigmoid(x)
+    if function == "sqrtsoftplus":
+        return F.softplus(x).sqrt()
+    raise AssertionError(function)

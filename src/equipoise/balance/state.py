@@ -1,0 +1,92 @@
+"""Checkpoints of a handle: with them a resumed run goes on as if never stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from equipoise.errors import EquipoiseError
+
+if TYPE_CHECKING:
+    from equipoise.balance.attach import Handle
+
+VERSION = 1
+
+
+def state_dict(handle: Handle) -> dict[str, Any]:
+    """Tensors and plain numbers only: torch.save and safe loading (weights_only) both take it."""
+    book, steps = handle.book, handle.steps
+    if book.passes:
+        raise EquipoiseError(
+            f"state_dict(): {book.passes} micro-batches of a step are under way. Save between the "
+            "optimizer's step and the next forward pass."
+        )
+    return {
+        "version": VERSION,
+        "layers": [[site.path, site.num_experts, site.top_k] for site in handle.sites],
+        "losses": [loss.name for loss in book.losses],
+        "controller": _controller(handle),
+        "step": book.step,
+        "biases": [bias.read().clone() for bias in handle.biases],
+        "controllers": [_cloned(state) for state in steps.states],
+        "scopes": [[*key, _cloned(state)] for key, state in book.states.items()],
+        "weights": [[term, weight.clone()] for term, weight in book.weights.items()],
+        "weight_controllers": [_cloned(state) for state in steps.weight_states],
+        "last": None if steps.last is None else steps.last.clone(),
+        "generators": [[seed, g.get_state()] for seed, g in book.generators.items()],
+    }
+
+
+def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
+    """Put a saved state in place; EquipoiseError before anything is changed where it does not fit."""
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        seen = state.get("version") if isinstance(state, dict) else type(state).__name__
+        raise EquipoiseError(
+            f"load_state_dict: a balance state of version {VERSION} is needed, this is {seen!r}."
+        )
+    _same_layers(handle, state["layers"])
+    for name, here in (
+        ("losses", [loss.name for loss in handle.book.losses]),
+        ("controller", _controller(handle)),
+    ):
+        if state[name] != here:
+            raise EquipoiseError(
+                f"load_state_dict: saved with {name} {state[name]!r}, attached with {here!r}. "
+                "Attach the same terms, or begin anew without this state."
+            )
+    book, steps, device = handle.book, handle.steps, handle.device
+    book.step = state["step"]
+    for bias, saved in zip(handle.biases, state["biases"], strict=True):
+        bias.write(saved)
+    steps.states = [_cloned(s, device) for s in state["controllers"]]
+    for term, bank, saved in state["scopes"]:
+        book.states[term, bank] = _cloned(saved, device)
+    book.weights = {term: weight.to(device) for term, weight in state["weights"]}
+    steps.weight_states = [_cloned(s, device) for s in state["weight_controllers"]]
+    steps.last = None if state["last"] is None else state["last"].to(device)
+    for seed, generator in state["generators"]:
+        book.generator(seed).set_state(generator)
+
+
+def _same_layers(handle: Handle, saved: list[list[Any]]) -> None:
+    here = [[site.path, site.num_experts, site.top_k] for site in handle.sites]
+    if len(here) != len(saved):
+        raise EquipoiseError(
+            f"load_state_dict: the state is of {len(saved)} MoE layers, this model has {len(here)}."
+        )
+    for mine, theirs in zip(here, saved, strict=True):
+        if mine != list(theirs):
+            raise EquipoiseError(
+                f"load_state_dict: {mine[0]} has {mine[1]} experts, top-{mine[2]}; the state is of "
+                f"{theirs[0]} with {theirs[1]} experts, top-{theirs[2]}. It is another model's."
+            )
+
+
+def _controller(handle: Handle) -> str | None:
+    bias = handle.steps.bias
+    return None if bias is None else type(bias.controller).__name__
+
+
+def _cloned(state: dict[str, Tensor], device: Any = None) -> dict[str, Tensor]:
+    return {name: value.clone().to(device) for name, value in state.items()}
