@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -442,12 +443,51 @@ def test_a_run_killed_by_sigkill_reopens(model: nn.Module, tmp_path: Path) -> No
 
 
 @torch.no_grad()
+def test_a_mask_that_is_written_over_counts_as_it_was(model: nn.Module, tmp_path: Path) -> None:
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
+    with equipoise.record(model, tmp_path / "t"):
+        mask[:, 3:] = 0
+        model(ids, attention_mask=mask)
+        mask.fill_(1)
+        model(ids, attention_mask=mask)
+    assert equipoise.open(tmp_path / "t").tokens == 6 + 10
+
+
+@pytest.mark.parametrize("level", ["ids", "full"])
+def test_inference_mode_and_others_take_turns(model: nn.Module, tmp_path: Path, level: str) -> None:
+    modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode]
+    with equipoise.record(model, tmp_path / "t", level=level):
+        for step, mode in enumerate(modes):
+            with mode():
+                model(tokens(2, 5, seed=step))
+    expected = counts(torch.cat([chosen(model, tokens(2, 5, seed=step)) for step in range(4)]))
+    assert (equipoise.open(tmp_path / "t").counts_LE == expected.numpy()).all()
+
+
+@torch.no_grad()
+def test_ids_may_be_written_over_after_the_experts_had_them(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    expected = counts(chosen(model, tokens(2, 5)))
+
+    def spoil(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        args[1].fill_(0)
+
+    with equipoise.record(model, tmp_path / "t"):
+        hooks = [layer.mlp.experts.register_forward_hook(spoil) for layer in model.model.layers]
+        model(tokens(2, 5))
+        for hook in hooks:
+            hook.remove()
+    assert (equipoise.open(tmp_path / "t").counts_LE == expected.numpy()).all()
+
+
+@torch.no_grad()
 def test_memory_stays_bounded(model: nn.Module, tmp_path: Path) -> None:
     with equipoise.record(model, tmp_path / "t", window_tokens=64) as recorder:
         for step in range(200):
             model(tokens(1, 32, seed=step))
             assert not len(recorder._book)
-            assert sum(map(len, recorder._writer.arena.ids.chunks)) <= 2**20
+            assert sum(map(len, recorder._writer.arena._chunks)) <= 2**20
     assert equipoise.open(tmp_path / "t").tokens == 6400
 
 

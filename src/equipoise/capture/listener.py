@@ -11,15 +11,17 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from equipoise.capture.buffers import Arena, Block, Describes, Pass, Staging
+from equipoise.capture.buffers import Describes, Pass
+from equipoise.capture.floats import fill_floats
+from equipoise.capture.lanes import Seating, Width
 from equipoise.capture.passes import Batch, batch_shape, mask_of, past_length
 from equipoise.capture.provenance import Clock
 from equipoise.capture.sequences import SequenceBook, keep
 from equipoise.capture.writer import WriterThread
 from equipoise.errors import RoutingError
 from equipoise.models import RouterSite
-from equipoise.routing import Routing
-from equipoise.trace.schema import Layer, Manifest
+from equipoise.models.taps import Observer
+from equipoise.trace.schema import Manifest
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -46,14 +48,13 @@ class Listener:
         self._writer, self._book, self.clock = writer, book, clock
         config = getattr(_plain(model), "config", None)
         self._two_stacks = bool(getattr(config, "is_encoder_decoder", False))
-        self._checks = {_last_of_stack(manifest.layers, stack) for stack in manifest.stacks}
+        self._widths = _widths(manifest)
+        self._seating = Seating(manifest.layers, self._widths)
         self.batch: Batch | None = None
         """What a runner says of the next passes; None: infer it from their arguments."""
         self._first: tuple[Batch, int, int] | None = None
         """The first pass of a batch: what was said, the length of its cache, its width."""
         self._handles: list[Any] = []
-        self._staging: dict[torch.device, Staging] = {}
-        self._device_of: dict[int, torch.device] = {}
         self._roots: list[nn.Module] = []
         self._pass: Pass | None = None
         self._depth = 0
@@ -67,7 +68,7 @@ class Listener:
             end = root.register_forward_hook(self._end, always_call=True)
             self._handles += [begin, end]
         for index, site in enumerate(self._sites):
-            self._handles.append(site.observe(partial(self._hear, index), scores=self._full))
+            self._handles.append(site.listen(self._ear(index), scores=self._full))
 
     def detach(self) -> None:
         """Take every hook off, and forget a pass that was under way."""
@@ -75,12 +76,13 @@ class Listener:
             handle.remove()
         self._handles = []
         self._pass = None
+        self._seating.close()
 
     @_eager
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _recomputing():
             return
-        if module is self._roots[0] or self._depth == 0:
+        if self._depth == 0 or module is self._roots[0]:
             self._depth = 0  # whatever an interrupt left open is void
             self._start(module, args, kwargs)
         self._depth += 1
@@ -104,6 +106,7 @@ class Listener:
         self._pass = Pass(describe, shape)
         if self._two_stacks and self.batch is None:
             self._pass.decoder = self._book.infer_decoder(arguments)
+        self._seating.open()
 
     def _told(
         self, batch: Batch, arguments: Mapping[str, Any], shape: tuple[int, int] | None
@@ -117,88 +120,82 @@ class Listener:
         _, before, width = self._first
         return batch.later(width, past - before - width) if past >= before + width else batch
 
-    def _hear(self, index: int, routing: Routing) -> None:
+    def _ear(self, index: int) -> Observer:
+        """What a router's hook calls: one copy to its seat, where ids look as those before did."""
+        general = partial(self._hear, index)
+        if self._sites[index].interpret is not None or self._widths[index].floats:
+            return general
+        free = self._seating.free
+
+        def hear(ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> None:
+            seat = free[index]
+            if (
+                seat is None
+                or ids.shape != seat.shape
+                or ids.dtype is not seat.dtype
+                or ids.device != seat.device
+            ):
+                general(ids, weights, scores)
+                return
+            seat.ids.copy_(ids)
+            free[index] = None
+
+        return hear
+
+    def _hear(self, index: int, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> None:
         if _recomputing():
             return
-        current, site = self._pass, self._sites[index]
-        if current is None:
+        site = self._sites[index]
+        if self._pass is None:
             raise RoutingError(
                 f"{site.path} routed outside of a forward pass of {type(self.model).__name__}:"
                 " record the module that your code calls."
             )
-        if index in current.blocks:
+        if self._seating.taken(index):
             raise RoutingError(
                 f"{site.path} routed twice in one forward pass. Record the module that is called"
                 " once per batch; a model that uses a layer at several depths cannot be recorded."
             )
-        ids_TK = routing.expert_ids_TK
-        block = self._block(current, index, ids_TK)
-        block.ids.copy_(ids_TK, non_blocking=True)
-        if block.floats is not None:
-            _fill_floats(block.floats, routing, self._full)
-        current.blocks[index] = block
-
-    def _block(self, current: Pass, index: int, ids_TK: Tensor) -> Block:
-        """Room for one router's decision; for those that follow on its device it is made at once."""
-        device, (rows, top_k) = ids_TK.device, ids_TK.shape
-        memory = self._memory(device)
-        block = current.prepared.pop(index, None)
-        if block is None or block.rows != rows or self._device_of.get(index) != device:
-            lane = self._lane(index, device)
-            blocks = memory.blocks(rows, [top_k, *(self._layers[i].top_k for i in lane)])
-            block = blocks[0]
-            current.prepared.update(zip(lane, blocks[1:], strict=True))
-        self._device_of[index] = device
-        width = top_k + 1 if self._full else int(index in self._checks)
-        if width:
-            memory.add_floats(block, width)
-        return block
-
-    def _lane(self, index: int, device: torch.device) -> list[int]:
-        """Routers of the same stack behind this one that were on this device in the pass before."""
-        stack = self._layers[index].stack
-        return [
-            i
-            for i in range(index + 1, len(self._layers))
-            if self._device_of.get(i) == device and self._layers[i].stack == stack
-        ]
-
-    def _memory(self, device: torch.device) -> Arena | Staging:
-        if device.type == "cpu":
-            return self._writer.arena
-        if device not in self._staging:
-            self._staging[device] = Staging(device)
-        return self._staging[device]
+        decided = site.selection(ids, weights, scores)
+        seat = self._seating.seat(index, decided[0])
+        seat.ids.copy_(decided[0])
+        if seat.floats is not None:
+            fill_floats(seat.floats, decided, self._full, site.path)
+        self._seating.free[index] = None
 
     @_eager
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _recomputing() or self._depth == 0:
+        if self._depth == 0 or _recomputing():
             return
         self._depth -= 1
         if self._depth:
             return
         current, self._pass = self._pass, None
         self.clock.stop()
-        failed = sys.exception() is not None and sys.exception() is not self._error_before
-        events = [staging.send(self._writer.arena) for staging in self._staging.values()]
-        if current is None or failed:
-            return
-        self._check_seen(current)
-        current.events = [event for event in events if event is not None]
-        self._writer.arena.passes.append(current)
-        shape = current.shape or (1, max((b.rows for b in current.blocks.values()), default=0))
-        self._writer.arena.rows += shape[0] * shape[1]
+        error = sys.exception()
+        if current is not None and (error is None or error is self._error_before):
+            self._finish(current)
+        self._seating.close()
 
-    def _check_seen(self, current: Pass) -> None:
+    def _finish(self, current: Pass) -> None:
+        if not self._seating.all_taken():
+            self._check_seen(self._seating.heard())
+        arena = self._writer.arena
+        self._seating.send(arena, current)
+        arena.passes.append(current)
+        if current.shape is not None:
+            arena.rows += current.shape[0] * current.shape[1]
+        else:
+            arena.rows += max((block.rows for block in current.blocks.values()), default=0)
+
+    def _check_seen(self, heard: set[int]) -> None:
         """A router that was not heard would be recorded as idle: refuse."""
-        if not self._sites:
-            return
         layers = self._layers
-        heard = {layers[index].stack for index in current.blocks}
+        stacks = {layers[index].stack for index in heard}
         missing = [
             layer.path
             for index, layer in enumerate(layers)
-            if index not in current.blocks and (layer.stack in heard or not heard)
+            if index not in heard and (layer.stack in stacks or not stacks)
         ]
         if missing:
             raise RoutingError(
@@ -209,8 +206,14 @@ class Listener:
             )
 
 
-def _last_of_stack(layers: Sequence[Layer], stack: str) -> int:
-    return max(index for index, layer in enumerate(layers) if layer.stack == stack)
+def _widths(manifest: Manifest) -> list[Width]:
+    """What is kept of each router: ids; weights and margin at level "full", else the stack's check."""
+    last = {layer.stack: index for index, layer in enumerate(manifest.layers)}
+    full = manifest.level == "full"
+    return [
+        Width(k, k + 1 if full else k * (index in last.values()))
+        for index, k in enumerate(layer.top_k for layer in manifest.layers)
+    ]
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -232,40 +235,3 @@ def _inner_models(model: nn.Module) -> list[nn.Module]:
 def _recomputing() -> bool:
     """True inside of a backward pass, where activation checkpointing runs the forward again."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _fill_floats(floats: Tensor, routing: Routing, full: bool) -> None:
-    """Weights and margin at level "full"; else their sum, which is NaN when anything was."""
-    weights = routing.weights_TK
-    if weights is None:
-        floats.zero_()
-        if full:
-            raise RoutingError(
-                f"{routing.path} gives no routing weights: record it at level ids or counts."
-            )
-        return
-    weights = weights.detach()
-    if not full:
-        floats.copy_(weights.sum(1, keepdim=True, dtype=torch.float32), non_blocking=True)
-        return
-    floats[:, :-1].copy_(weights, non_blocking=True)
-    floats[:, -1].copy_(_margin(routing), non_blocking=True)
-
-
-def _margin(routing: Routing) -> Tensor:
-    """Lowest selected minus highest unselected score [T]; NaN where the router gives no scores.
-
-    Negative where a selection bias or a group limit overruled the scores.
-    """
-    ids_TK, scores_TE = routing.expert_ids_TK.long(), routing.scores_TE
-    if scores_TE is None:
-        return torch.full((len(ids_TK),), float("nan"), device=ids_TK.device)
-    scores_TE = scores_TE.detach().float()
-    routed_TK = ids_TK >= 0
-    selected_TK = scores_TE.gather(1, ids_TK.clamp(min=0))
-    lowest_T = selected_TK.masked_fill(~routed_TK, float("inf")).amin(1)
-    taken_TE = torch.zeros_like(scores_TE).scatter_add_(
-        1, ids_TK.clamp(min=0), routed_TK.to(scores_TE.dtype)
-    )
-    highest_T = scores_TE.masked_fill(taken_TE > 0, float("-inf")).amax(1)
-    return lowest_T - highest_T

@@ -112,13 +112,13 @@ class Inferred:
     past: int
     """Columns that a cache holds already."""
     mask_BS: Tensor | None
-    """The attention mask over past and present columns [B, past + S], on the host by use."""
+    """The attention mask over past and present columns [B, past + S], bool, on the host by use."""
 
     def rows(self, shape: tuple[int, int]) -> RowInfo:
         """The rows of a pass of `shape` [B, S]."""
         batch, width = shape
         if self.mask_BS is not None:
-            mask = self.mask_BS.numpy() != 0
+            mask = self.mask_BS.numpy()
             keep_BS = mask[:, -width:]
             position_BS = np.cumsum(mask, 1)[:, -width:] - 1
             position_BS = np.maximum(position_BS, 0)

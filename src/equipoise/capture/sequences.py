@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from equipoise.capture.buffers import Arena
 from equipoise.capture.passes import Inferred, RunSequence, batch_shape, mask_of, past_length
 from equipoise.errors import EquipoiseError
@@ -45,9 +48,7 @@ class SequenceBook:
         encoded = arguments.get("encoder_outputs") is not None and shape is None
         if not (past or encoded) or (len(self._live) != batch and not encoded):
             self._live = [self._numbered({}) for _ in range(batch)]
-        if mask is not None:
-            mask = mask.detach().to("cpu", non_blocking=True)
-        return Inferred(list(self._live), past, mask)
+        return Inferred(self._live, past, None if mask is None else _kept(mask))
 
     def infer_decoder(
         self, arguments: Mapping[str, Any]
@@ -62,8 +63,7 @@ class SequenceBook:
             return None
         mask = mask_of(arguments, "decoder_attention_mask")
         past = past_length(arguments, shape[1], mask)
-        host = None if mask is None else mask.detach().to("cpu", non_blocking=True)
-        return Inferred(list(self._live), past, host), shape
+        return Inferred(self._live, past, None if mask is None else _kept(mask)), shape
 
     def forget_written(self, sequences: Sequence[RunSequence]) -> None:
         """Drop those that are done, once their window was handed over: a run may be long."""
@@ -72,8 +72,16 @@ class SequenceBook:
                 self._known.pop(sequence.number, None)
 
 
+def _kept(mask_BS: Tensor) -> Tensor:
+    """A copy of a mask on the host, bool: the caller may write over it in the next pass."""
+    return mask_BS.detach().to("cpu", torch.bool, non_blocking=True, copy=True)
+
+
 def keep(arena: Arena, sequences: Sequence[RunSequence]) -> None:
     """Have these sequences written with the arena's window, each once."""
+    if sequences is arena.kept:
+        return
+    arena.kept = sequences
     for sequence in sequences:
         if sequence.number not in arena.numbers:
             arena.numbers.add(sequence.number)
