@@ -121,13 +121,7 @@ def zaya(scan: Scan, path: str, module: Any) -> RouterSite:
 
 def longcat_flash(scan: Scan, path: str, module: Any) -> RouterSite:
     """Ids from the number of routed experts up are zero experts, which return their input."""
-    num_experts = int(module.num_routed_experts)
-
-    def computing(ids: Tensor, _: Tensor | None) -> Tensor:
-        return ids.masked_fill(ids >= num_experts, NO_EXPERT)
-
-    site = experts.site(scan, path, module, null_experts=int(module.zero_expert_num))
-    return replace(site, interpret=computing)
+    return experts.site(scan, path, module, null_experts=int(module.zero_expert_num))
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -145,6 +139,7 @@ REFUSED = {
         "the experts do not run what the router says: transformers hands them a one-hot mask "
         "where ids are expected, so that only experts 0 and 1 ever run"
     ),
+    "SoftMoE": "every expert works on mixtures of all tokens: nothing is selected",
     "VitPoseBackboneMoeMLP": "its experts are chosen by dataset_index, not by a router for tokens",
 }
 """Class name of a block, and why its routing cannot be recorded."""

@@ -32,6 +32,7 @@ _COMPARES_LOGITS = (
     "OpenAIPrivacyFilterTopKRouter",
 )
 """Routers whose top-k is taken over logits; others apply the score function first."""
+_SELECTS_IN_BLOCK = ("DbrxRouter",)
 _COUNT_NAMES = ("num_experts", "num_routed_experts", "n_routed_experts", "num_local_experts")
 _TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "moe_topk", "moe_top_k", "k")
 
@@ -122,6 +123,11 @@ def _named_function(kind: Any) -> str | None:
 def scores_are(router: nn.Module | None) -> str:
     """ "probabilities" or "logits": what the router returns as its scores."""
     return "probabilities" if type(router).__name__ in _GIVES_PROBABILITIES else "logits"
+
+
+def selects_in_block(router: nn.Module | None) -> bool:
+    """Whether the router gives logits only, of which the block around it takes the top-k."""
+    return type(router).__name__ in _SELECTS_IN_BLOCK
 
 
 def compares(router: nn.Module | None) -> str:

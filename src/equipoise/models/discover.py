@@ -36,5 +36,11 @@ def _sites(scan: Scan) -> Iterator[RouterSite]:
         adapter: Any = adapters.adapter_of(module)
         if adapter is not None:
             yield adapter(scan, path, module)
-        elif experts.argument_names(module) is not None:
+        elif experts.argument_names(module) is not None and not _inside_experts(scan, path):
             yield experts.site(scan, path, module)
+
+
+def _inside_experts(scan: Scan, path: str) -> bool:
+    """Experts within experts (zero and copy experts around computing ones) are heard outside."""
+    above = path.rpartition(".")[0]
+    return above != path and experts.argument_names(scan.modules[above]) is not None

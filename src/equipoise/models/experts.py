@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from equipoise.models import describe
 from equipoise.models.scan import Scan, split
-from equipoise.models.sites import RouterSite
+from equipoise.models.sites import Interpreter, RouterSite
 from equipoise.models.taps import Ears, Hear
+from equipoise.routing import NO_EXPERT
 
 _IDS = ("top_k_index", "router_indices")
 _WEIGHTS = ("top_k_weights", "routing_weights")
@@ -50,10 +51,25 @@ def block_path(scan: Scan, path: str) -> str:
 def site(scan: Scan, path: str, module: nn.Module, null_experts: int = 0) -> RouterSite:
     """The router site in front of an experts module."""
     router = scan.router_beside(path)
-    width = describe.num_experts(module, scan.config_of(path), path) + null_experts
-    heard = describe_site(scan, path, module, router, ears(module, router, width))
+    stated = getattr(module, "null_experts", 0)
+    null_experts = null_experts or (stated if isinstance(stated, int) else 0)
+    num_experts = describe.num_experts(module, scan.config_of(path), path)
+    heard = describe_site(
+        scan, path, module, router, ears(module, router, num_experts + null_experts)
+    )
     heard.null_experts = null_experts
+    if null_experts:
+        heard.interpret = beyond(num_experts)
     return heard
+
+
+def beyond(num_experts: int) -> Interpreter:
+    """Ids from `num_experts` up are choices that compute nothing."""
+
+    def computing(ids: Tensor, _: Tensor | None) -> Tensor:
+        return ids.masked_fill(ids >= num_experts, NO_EXPERT)
+
+    return computing
 
 
 def describe_site(
@@ -82,6 +98,8 @@ def describe_site(
         family=scan.family,
         scores_are=describe.scores_are(router),
         compares=describe.compares(router),
+        variable_top_k=bool(getattr(router, "variable_top_k", False)),
+        selects_in_block=describe.selects_in_block(router),
         module=module,
         ears=ears,
     )

@@ -100,6 +100,10 @@ class RouterSite:
     """What the router gives as scores: "logits", or "probabilities" (gemma4)."""
     compares: str = "scores"
     """What its top-k compares: "scores" (after the score function) or "logits"."""
+    selects_in_block: bool = False
+    """The block around the router takes the top-k, not the router (dbrx)."""
+    variable_top_k: bool = False
+    """Tokens get up to any number of experts; rows are padded with NO_EXPERT."""
     null_experts: int = 0
     """Choices of the router beyond the experts that compute nothing, recorded as NO_EXPERT."""
     module: nn.Module = field(kw_only=True, repr=False)
@@ -179,7 +183,7 @@ class RouterSite:
                 f"{self.path}: expert ids have dtype {ids_TK.dtype}; integers were expected. "
                 "This model passes something else than ids to its experts."
             )
-        if ids_TK.shape[-1] != self.top_k:
+        if ids_TK.shape[-1] != self.top_k and not self.variable_top_k:
             raise RoutingError(
                 f"{self.path}: {ids_TK.shape[-1]} experts per token were routed, but the model is "
                 f"configured for {self.top_k}. Load it with a config that agrees with its code."

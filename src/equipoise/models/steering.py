@@ -134,10 +134,23 @@ def _(key: int, ids: Tensor, weights: Tensor, scores: Tensor, grad: bool) -> tup
     return torch.empty_like(weights), torch.empty((), dtype=torch.int64)
 
 
+def _with_autograd() -> Any:
+    """Lets a steerer differentiate: the body of a custom operator runs below autograd.
+
+    PyTorch has no public way back up; this one is under test.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded)
+
+
 @torch.library.custom_op("equipoise::carry_backward", mutates_args=())
 def _carry_backward(key: int, token: Tensor, scores: Tensor) -> Tensor:
     steerer, record = _STEERERS.get(key), _RECORDS.pop(int(token), None)
-    found = steerer.gradient(record, scores) if steerer is not None else None
+    with _with_autograd():
+        found = steerer.gradient(record, scores) if steerer is not None else None
     return torch.zeros_like(scores) if found is None else found.contiguous()
 
 

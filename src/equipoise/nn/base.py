@@ -27,6 +27,8 @@ class Router(nn.Module):
     float32_buffers: ClassVar[tuple[str, ...]] = ("selection_bias",)
     weight: nn.Parameter
     selection_bias: Tensor | None
+    variable_top_k: ClassVar[bool] = False
+    """Tokens get different numbers of experts; ids are padded with NO_EXPERT to the largest."""
     compares: Literal["scores", "logits"] = "scores"
     """What the selection compares, and the selection bias is added to."""
 

@@ -27,6 +27,8 @@ class ReLURouter(Router):
     experts are off for all tokens, no gradient of the task turns one on again: start it weak.
     """
 
+    variable_top_k = True
+
     float32_buffers: ClassVar[tuple[str, ...]] = ("selection_bias", "l1_weight")
     l1_weight: Tensor
 

@@ -36,6 +36,8 @@ class ExpertChoiceRouter(Router):
     the whole batch; the leak stays, and smaller chunks leaked more in that paper.
     """
 
+    variable_top_k = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -89,6 +91,8 @@ class ExpertThresholdRouter(Router):
     The first step replaces the start, a guess for hidden states of unit mean square; later ones
     count at least 1 - decay. Batches should hold well over E / K tokens.
     """
+
+    variable_top_k = True
 
     float32_buffers: ClassVar[tuple[str, ...]] = ("selection_bias", "threshold_E", "steps")
     threshold_E: Tensor
