@@ -188,9 +188,11 @@ def _describe(one: Pass, rows: int | None, stack: str) -> RowInfo:
 
 def _labels_of(info: RowInfo, sequences: Sequence[RunSequence], labels: dict[Labels, int]) -> Array:
     """The label number of each row; new labels are added to `labels`."""
-    label_T = np.zeros(len(info.sequence_T), np.int64)
     number_of = {s.number: labels.setdefault(s.labels, len(labels)) for s in sequences}
-    if len(number_of) == 1 or len(set(number_of.values())) == 1:
+    label_T = np.zeros(len(info.sequence_T), np.int64)
+    if not any(number_of.values()):
+        return label_T
+    if len(set(number_of.values())) == 1:
         known = np.isin(info.sequence_T, list(number_of))
         label_T[known] = next(iter(number_of.values()))
         return label_T
