@@ -255,3 +255,23 @@ def test_off_a_terminal_nothing_is_coloured_or_cut(path: Path) -> None:
     assert "\x1b" not in shown
     assert "…" not in shown
     assert shown.count("subject_2") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--dtype", "flaot32"], "'float32'"),
+        (["--device", "cudda"], "'cuda'"),
+        (["--experts", "egar"], "'eager'"),
+        (["--field", "body"], "belongs to --task text"),
+        (["--task", "text", "--shots", "3"], "belongs to --task mmlu"),
+    ],
+)
+def test_a_wrong_option_of_trace_is_refused_before_anything_is_loaded(
+    run, tmp_path: Path, options: list[str], says: str
+) -> None:
+    found = run("trace", "demo", "--data", "bundled", "-o", tmp_path / "x.trace", *options)
+    assert found.code == 2
+    assert says in found.err
+    assert "Loading" not in found.err
+    assert not (tmp_path / "x.trace").exists()

@@ -15,6 +15,7 @@ from equipoise.cli.common import say, size_of
 
 
 def trace(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Hub id, local folder, or 'demo'.", show_default=False)
     ],
@@ -95,6 +96,8 @@ def trace(
       equipoise trace ./model --task text --data corpus/ --level counts
     """
     _check(output, task, level, force, resume)
+    _check_options_of_task(context, task)
+    _check_loading(device, dtype, experts)
     _check_numbers(batch_size=batch_size, every=every, threads=threads, max_length=max_length)
     _check_place(output)
     options = {
@@ -201,6 +204,47 @@ def _check(output: Path, task: str, level: str, force: bool, resume: bool) -> No
         )
     if resume and not (output / "trace.json").exists():
         raise EquipoiseError(f"{output} does not exist: there is nothing to resume.")
+
+
+OF_TASK = {
+    "mmlu": ("shots", "subjects", "split", "taxonomy", "count_repeats", "prefix_cache"),
+    "text": ("field", "domain_field"),
+}
+"""Options that mean something for one task only."""
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+
+
+def _check_options_of_task(context: typer.Context, task: str) -> None:
+    """An option of the other task would be ignored: say so instead."""
+    from equipoise.errors import EquipoiseError
+
+    for other, names in OF_TASK.items():
+        for name in names:
+            source = context.get_parameter_source(name)
+            if other != task and source is not None and source.name == "COMMANDLINE":
+                option = "--" + name.replace("_", "-")
+                raise EquipoiseError(
+                    f"{option} belongs to --task {other}; with --task {task} it does nothing: "
+                    "leave it out."
+                )
+
+
+def _check_loading(device: str, dtype: str, experts: str | None) -> None:
+    from equipoise.capture.load import DTYPES
+    from equipoise.errors import EquipoiseError, nearest
+
+    for name, value, allowed in (("dtype", dtype, DTYPES), ("experts", experts, EXPERTS)):
+        if value is not None and value not in allowed:
+            raise EquipoiseError(
+                f"No --{name} {value!r}: allowed are {', '.join(allowed)}."
+                + nearest(value, allowed)
+            )
+    kinds = ("auto", "cpu", "cuda", "mps", "xpu")
+    if device.partition(":")[0] not in kinds:
+        raise EquipoiseError(
+            f"No --device {device!r}: allowed are {', '.join(kinds)}, with a number as in cuda:1."
+            + nearest(device, kinds)
+        )
 
 
 def _check_numbers(**numbers: int | None) -> None:
