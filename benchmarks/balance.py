@@ -125,20 +125,21 @@ def own_loss(logits: list[torch.Tensor]) -> float:
     return CLOCK() - begin
 
 
-def measure(model: OlmoeForCausalLM, given: list[Any], steps: int, batch: int) -> tuple[float, float]:
+def measure(
+    model: OlmoeForCausalLM, given: list[Any], steps: int, batch: int
+) -> tuple[float, float]:
     """Shares of the step's time: of the terms, and of transformers' own loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     handle = balance.attach(model, *given, optimizer=optimizer)
     meter, rest, own, extra = Meter(), 0.0, 0.0, 0.0
     hidden: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
-    watching = [
-        layer.mlp.gate.register_forward_hook(
-            lambda _, args, out: (hidden.append(args[0].detach()), logits.append(out[0].detach()))
-            and None
-        )
-        for layer in model.model.layers
-    ]
+
+    def keep(_: Any, args: tuple[torch.Tensor], out: tuple[torch.Tensor, ...]) -> None:
+        hidden.append(args[0].detach())
+        logits.append(out[0].detach())
+
+    watching = [layer.mlp.gate.register_forward_hook(keep) for layer in model.model.layers]
     with (
         meter.around(Layer, "begin", "gradient", "_arrived"),
         meter.around(Handle, "step"),

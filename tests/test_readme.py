@@ -77,6 +77,34 @@ def test_the_five_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert trace.select(phase="decode").tokens in (0, 1, 2)
 
 
+def test_the_balancing_script_is_the_one_in_the_readme() -> None:
+    script = (ROOT / "scripts" / "balance_trainer.py").read_text()
+    assert f"```python\n{script}```" in README
+    assert len(script.splitlines()) <= 25
+
+
+@pytest.mark.slow
+def test_the_balancing_script_shows_what_the_readme_shows(tmp_path: Path) -> None:
+    """Training amplifies rounding, so its figures are compared loosely, what they show strictly."""
+    printed = re.search(r"\$ python scripts/balance_trainer.py\n((?:.*\n)*?)```", README)
+    assert printed is not None
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "balance_trainer.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+    )
+    found, shown = run.stdout.splitlines(), printed.group(1).splitlines()
+    assert [line.split("(")[1:] for line in found] == [line.split("(")[1:] for line in shown]
+    ours, theirs = ([[float(w) for w in line.split()[:3]] for line in x] for x in (found, shown))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, abs=1.5)
+    for plain, balanced in ((0, 1), (2, 3)):
+        assert ours[balanced][-1] < 0.5 * ours[plain][-1]
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.balance import Bias, Loss, Sign, attach
+from equipoise.balance.attach import holders
 from equipoise.balance.biases import own_bias
 from equipoise.balance.probabilities import Scores
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite, discover
+from equipoise.models.scan import Scan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny import architectures, build, inputs_for, randomise_routing, record, selected_TE
@@ -144,7 +146,7 @@ def biased_scores_in(model: nn.Module, site: RouterSite, seen: list[Tensor]) -> 
     if routing.scores_TE is None:
         return False
     scores = Scores(site).compared(routing.scores_TE)
-    found = own_bias(site, model.get_submodule(site.path))
+    found = own_bias(site, holders(Scan(model), site))
     assert found is not None
     wanted = scores + getattr(*found).detach().float().view(-1)
     for values in seen:

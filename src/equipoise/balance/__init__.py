@@ -15,7 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from equipoise.balance import controllers, conventions, objectives
+from equipoise.balance.adversary import Adversarial
 from equipoise.balance.attach import Handle, attach
+from equipoise.balance.capacity import Capacity
 from equipoise.balance.catalogue import CATALOGUE, Objective
 from equipoise.balance.controllers import (
     PID,
@@ -29,6 +31,7 @@ from equipoise.balance.controllers import (
     Sign,
     TargetMaxVio,
 )
+from equipoise.balance.lifecycle import Lifecycle
 from equipoise.balance.scopes import SCOPES, Running, Scope, Subset
 from equipoise.balance.terms import Bias, Loss
 
@@ -40,10 +43,13 @@ __all__ = [
     "CATALOGUE",
     "PID",
     "SCOPES",
+    "Adversarial",
     "BalanceCallback",
     "Bias",
+    "Capacity",
     "DropRate",
     "Handle",
+    "Lifecycle",
     "Loss",
     "MomentumTanh",
     "Multiplicative",

@@ -6,26 +6,33 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from equipoise.balance import frameworks
+from equipoise.balance.adversary import Adversarial, Adversaries
 from equipoise.balance.biases import LayerBias
 from equipoise.balance.book import Book
+from equipoise.balance.capacities import Capacities
+from equipoise.balance.courses import Courses
 from equipoise.balance.layers import Layer
+from equipoise.balance.lifecycle import Event, Lifecycle
 from equipoise.balance.measures import Measures
-from equipoise.balance.passes import Bank, banks_of
+from equipoise.balance.parts import Part
+from equipoise.balance.passes import KEPT, Bank, banks_of
 from equipoise.balance.steps import Steps
 from equipoise.balance.terms import Bias, Loss
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite, discover, valid_tokens
 from equipoise.models.scan import Scan
 from equipoise.models.steering import in_backward
+from equipoise.nn.limiter import Capacity as Settings
 
-Term = Loss | Bias
+Kind = TypeVar("Kind")
+Term = Loss | Bias | Settings | Lifecycle | Adversarial
 
 
 def attach(
@@ -42,7 +49,8 @@ def attach(
 
     model: any model that `models.discover` covers, alone or under DistributedDataParallel or FSDP2.
     terms: `Loss`es, whose gradient is added to the routers' in the backward pass, and at most one
-        `Bias`, which a controller moves before each optimizer step.
+        `Bias`, which a controller moves before each optimizer step, one `Capacity`, one `Lifecycle`
+        and one `Adversarial`.
     optimizer: its `step()` ends a balancing step; without one call `handle.step()` before it.
     group: the process group whose ranks share a batch (data parallel). Found by itself under DDP and
         FSDP2; False for one process by itself.
@@ -90,14 +98,14 @@ class Handle:
         self.model = model
         self.sites = _sites(model, layers)
         scan = Scan(model)
-        blocks = [selecting(scan, site) for site in self.sites]
+        blocks = [scan.modules[site.path] for site in self.sites]
         self.device = _device(blocks[0])
         self._undo: list[Callable[[], None]] = []
         banks = banks_of([site.num_experts for site in self.sites])
         self.book = Book(
             banks,
             losses,
-            (),
+            (KEPT,) if _only(terms, Settings) else (),
             device=self.device,
             group=_group(model, group),
             accumulation=accumulation,
@@ -110,12 +118,14 @@ class Handle:
         self.book.layers = self.layers
         for layer in self.layers:
             layer.check(losses, bias)
+        self.parts = self._parts(terms, scan, blocks, bias)
         try:
-            self._put_on(model, blocks, bias)
+            self._put_on(scan, blocks, bias)
         except BaseException:
             self.detach()
             raise
         self.steps = Steps(self.book, self.layers, self.biases, bias, self.routers(scan))
+        self.steps.parts = self.parts
         self.measures = Measures(self)
         self.alone = group is False
         """attach() was told that this process shares its batch with no other."""
@@ -124,17 +134,40 @@ class Handle:
         if optimizer is not None:
             self.drive_with(optimizer)
 
-    def _put_on(self, model: nn.Module, blocks: Sequence[nn.Module], bias: Bias | None) -> None:
-        self._undo.append(frameworks.switch_off(model))
+    def _parts(
+        self, terms: Sequence[Term], scan: Scan, blocks: Sequence[nn.Module], bias: Bias | None
+    ) -> list[Part]:
+        """The terms that are neither losses nor biases, checked; the model is not touched."""
+        found: list[Part] = []
+        if (capacity := _only(terms, Settings)) is not None:
+            found.append(Capacities(capacity, self.layers, blocks))
+        self.courses: Courses | None = None
+        if (lifecycle := _only(terms, Lifecycle)) is not None:
+            near = [holders(scan, site) for site in self.sites]
+            self.courses = Courses(lifecycle, self.sites, near, self.routers(scan), bias)
+            found.append(self.courses)
+        if (adversarial := _only(terms, Adversarial)) is not None:
+            found.append(Adversaries(adversarial, self.layers, self.book))
+        return found
+
+    def _put_on(self, scan: Scan, blocks: Sequence[nn.Module], bias: Bias | None) -> None:
+        self._undo.append(frameworks.switch_off(self.model))
         self.biases: list[LayerBias] = []
-        if bias is not None:
+        if bias is not None or (self.courses is not None and self.courses.term.takes_out):
+            acts = "add" if bias is None else bias.controller.acts
             for site, block in zip(self.sites, blocks, strict=True):
-                placed = LayerBias(site, block, _device(block), acts=bias.controller.acts)
+                where = selecting(scan, site)
+                placed = LayerBias(site, holders(scan, site), where, _device(block), acts=acts)
                 self._undo.append(placed.remove)
                 self.biases.append(placed)
+        for part in self.parts:
+            self._undo.append(part.detach)
+        if self.courses is not None:
+            alive = weakref.ref(self)
+            self.courses.begin(self.biases, lambda: getattr(alive(), "optimizer", None))
         for layer, site in zip(self.layers, self.sites, strict=True):
             self._undo.append(site.steer(layer).remove)
-        roots = _Roots(model, self.book)
+        roots = _Roots(self.model, self.book)
         self._undo.append(roots.remove)
 
     def routers(self, scan: Scan) -> list[nn.Module]:
@@ -250,6 +283,11 @@ class Handle:
         """The selection bias of each layer [E], float32."""
         return [bias.read().clone() for bias in self.biases]
 
+    @property
+    def events(self) -> list[Event]:
+        """What `Lifecycle` did to experts, in order."""
+        return [] if self.courses is None else self.courses.events
+
     # -- saving -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,8 +317,9 @@ class Handle:
     def __repr__(self) -> str:
         seen = sorted({site.num_experts for site in self.sites})
         names = [loss.name for loss in self.book.losses]
-        if self.biases:
-            names.append(type(self.steps.bias.controller).__name__)  # type: ignore[union-attr]
+        if self.steps.bias is not None:
+            names.append(type(self.steps.bias.controller).__name__)
+        names.extend(part.name for part in self.parts)
         return (
             f"Handle({len(self.sites)} MoE layers, {'/'.join(map(str, seen))} experts: "
             f"{', '.join(names)})"
@@ -291,9 +330,10 @@ def _sorted_terms(terms: Sequence[Term]) -> tuple[list[Loss], Bias | None]:
     losses = [term for term in terms if isinstance(term, Loss)]
     biases = [term for term in terms if isinstance(term, Bias)]
     for term in terms:
-        if not isinstance(term, Loss | Bias):
+        if not isinstance(term, Term):
             raise EquipoiseError(
-                f"attach: {term!r} is neither a Loss nor a Bias; a controller goes into Bias(...)."
+                f"attach: {term!r} is none of Loss, Bias, Capacity, Lifecycle, Adversarial; a "
+                "controller goes into Bias(...)."
             )
     if len(biases) > 1:
         raise EquipoiseError(
@@ -307,6 +347,14 @@ def _sorted_terms(terms: Sequence[Term]) -> tuple[list[Loss], Bias | None]:
                 f"attach: two losses are called {name!r}. Give each its own Loss(..., name=...)."
             )
     return losses, biases[0] if biases else None
+
+
+def _only(terms: Sequence[Any], kind: type[Kind]) -> Kind | None:
+    """The one term of a kind."""
+    found = [term for term in terms if isinstance(term, kind)]
+    if len(found) > 1:
+        raise EquipoiseError(f"attach: {len(found)} terms of one kind: {found!r}. Give one.")
+    return found[0] if found else None
 
 
 def _sites(model: nn.Module, wanted: Callable[[RouterSite], bool] | None) -> list[RouterSite]:
@@ -371,10 +419,18 @@ def router_of(scan: Scan, site: RouterSite) -> nn.Module:
     return scan.router_beside(path) or site.module
 
 
+def holders(scan: Scan, site: RouterSite) -> list[nn.Module]:
+    """Modules that may hold a site's selection bias: its router, its block, and around these."""
+    path = next(p for p, module in scan.modules.items() if module is site.module)
+    inside = [*scan.modules[site.path].modules(), *router_of(scan, site).modules()]
+    return list(dict.fromkeys([*inside, scan.parent(path)[1]]))
+
+
 def selecting(scan: Scan, site: RouterSite) -> nn.Module:
-    """The module in whose forward a site selects: its block, or a router outside of that."""
-    block, router = scan.modules[site.path], router_of(scan, site)
-    return block if any(module is router for module in block.modules()) else router
+    """The module in whose forward a site selects: its router, or the block where the router only
+    gives logits."""
+    router = router_of(scan, site)
+    return scan.modules[site.path] if site.selects_in_block else router
 
 
 def _dense(segment_ids: Tensor | None) -> Tensor | None:
@@ -388,9 +444,13 @@ def _dense(segment_ids: Tensor | None) -> Tensor | None:
 def _ends_step(handle: Handle) -> Callable[..., None]:
     kept = weakref.ref(handle)
 
-    def before_step(*_: Any) -> None:
+    def before_step(optimizer: Any, *_: Any) -> None:
         alive = kept()
-        if alive is not None:
+        # A GradScaler tells a fused optimizer so that its step is to change nothing.
+        skipped = getattr(optimizer, "found_inf", None)
+        if alive is not None and skipped is not None and bool(skipped):
+            alive.discard()
+        elif alive is not None:
             alive.step()
 
     return before_step

@@ -7,7 +7,7 @@ the router's top-k is answered with a bias (models/selection.py), which `handle.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,18 +23,24 @@ class LayerBias:
     """The selection bias of one layer [E], float32, wherever the model has it."""
 
     def __init__(
-        self, site: RouterSite, block: nn.Module, device: torch.device, *, acts: str = "add"
+        self,
+        site: RouterSite,
+        holders: Iterable[nn.Module],
+        selecting: nn.Module,
+        device: torch.device,
+        *,
+        acts: str = "add",
     ) -> None:
         self.site = site
         self._undo: list[Callable[[], None]] = []
         multiply = acts == "multiply"
-        found = None if multiply else own_bias(site, block)
+        found = None if multiply else own_bias(site, holders)
         if found is None:
             refuse_without_selection(site)
             self.own = False
             width = site.num_experts + site.null_experts
             self.value_E = torch.full((width,), float(multiply), device=device)
-            placed = BiasedSelection(site, block, self.value_E, multiply=multiply)
+            placed = BiasedSelection(site, selecting, self.value_E, multiply=multiply)
             self._undo.append(placed.remove)
             return
         self.own = True
@@ -97,10 +103,10 @@ class LayerBias:
         self._undo.clear()
 
 
-def own_bias(site: RouterSite, block: nn.Module) -> tuple[nn.Module, str] | None:
-    """The module and name of a selection bias that the router or its block holds."""
+def own_bias(site: RouterSite, holders: Iterable[nn.Module]) -> tuple[nn.Module, str] | None:
+    """The module and name of a selection bias that one of the modules holds itself."""
     width = site.num_experts + site.null_experts
-    for module in block.modules():
+    for module in holders:
         for name, tensor in [
             *module.named_buffers(recurse=False),
             *module.named_parameters(recurse=False),

@@ -65,6 +65,7 @@ class Book:
         """Keep the counts of each micro-batch until the step's end."""
         self.meters = Meters(len(losses), self.num_layers, device)
         self.generators: dict[int, torch.Generator] = {}
+        self._scratch: dict[Any, Tensor] = {}
         self.segments: Tensor | None = None
         self.passes = 0
         self._begin_step()
@@ -74,6 +75,8 @@ class Book:
         self.kept: list[Tensor] = []
         self._current: Pass | None = None
         self._unresolved: list[Pass] = []
+        self._passed: list[Pass] = []
+        """Passes whose losses' values have not been taken yet."""
         self._local = self.layout.empty(self.device)
         self._total = self.layout.empty(self.device)
         self._exact: Tensor | None = None
@@ -87,10 +90,11 @@ class Book:
     def statistic(self, term: int, bank: int) -> Statistic:
         """The counts that make the load of a loss."""
         scope, objective = self.scopes[term], self.objectives[term, bank]
-        if objective.name == "communication":
-            return ("sent", objective.groups)
+        sent = objective.name == "communication"
         if isinstance(scope, Subset):
-            return ("subset", scope.seed)
+            return ("subset", scope.seed, *([objective.groups] if sent else []))
+        if sent:
+            return ("sent", objective.groups)
         return (self.losses[term].count,)
 
     def _statistics(self) -> Iterator[Statistic]:
@@ -100,6 +104,30 @@ class Book:
                 yield self.statistic(term, bank)
                 if objective.needs_prob:
                     yield PROB
+
+    def in_batch(self, term: int, bank: int) -> bool:
+        """Whether a loss compares load and mean probability of a batch, not of sequences."""
+        is_load = self.objectives[term, bank].kind == "load"
+        return is_load and not isinstance(self.scopes[term], SequenceScope)
+
+    def scratch(self, scores: Tensor) -> Tensor:
+        """Room for the probabilities of one layer, used again by the next."""
+        key = (scores.shape, scores.device)
+        if key not in self._scratch:
+            self._scratch = {key: torch.empty(scores.shape, device=scores.device)}
+        return self._scratch[key]
+
+    def value_passes(self) -> None:
+        """Take the values of losses over batches from the passes that had a backward pass."""
+        for current in self._passed:
+            for (term, bank), load_RE in current.shares.items():
+                prob_RE = current.means.get(bank)
+                if prob_RE is not None:
+                    value_R = self.objectives[term, bank].value(load_E=load_RE, prob_E=prob_RE)
+                    rows = current.seen[bank]
+                    layers = [self.banks[bank].layers[row] for row in rows]
+                    self.meters.values_of(term, layers, value_R[rows])
+        self._passed.clear()
 
     def pass_for(self, layer: Layer) -> Pass:
         """The pass that a layer is heard in: a new one begins where the order of layers does."""
@@ -142,6 +170,7 @@ class Book:
                 current.synced = current.flat.clone()
                 current.work = dist.all_reduce(current.synced, group=self.group, async_op=True)
         self._unresolved.append(current)
+        self._passed.append(current)
 
     def resolve(self, until: Pass | None = None) -> None:
         """Take the collectives' results, in order, and let each scope see each pass once."""
@@ -250,18 +279,25 @@ class Book:
             dist.all_reduce(found, group=self.group)
         self._exact = found
 
-    def end_step(self) -> Tensor | None:
-        """Counts of the step on all ranks, flat; None where no token was seen. Empties the book."""
+    def counted(self) -> Tensor:
+        """Counts of the step on all ranks, flat."""
         self.close()
         self.resolve()
-        if self.passes == 0:
-            return None
-        if self.synced:
-            total = self._total
-        else:
-            total = self._local
-            if self.group is not None and self.ranks > 1:
-                dist.all_reduce(total, group=self.group)
+        if not self.synced and self.group is not None and self.ranks > 1:
+            total = self._local.clone()
+            dist.all_reduce(total, group=self.group)
+            return total
+        return self._total if self.synced else self._local
+
+    def drop_step(self) -> None:
+        """Forget the step under way."""
+        for state in self.states.values():
+            state.pop("buffer", None)
+        self.meters.reset()
+        self._begin_step()
+
+    def end_step(self, total: Tensor) -> None:
+        """Show the step's counts to the scopes, and begin the next one."""
         for (term, bank), objective in self.objectives.items():
             scope = self.scopes[term]
             if objective.kind == "load" and not isinstance(scope, SequenceScope):
@@ -269,7 +305,6 @@ class Book:
                 scope.at_step(self.states[term, bank], counts)
         self.step += 1
         self._begin_step()
-        return total
 
     def set_aside(self) -> dict[str, Any]:
         """The step under way, put away so that passes of no consequence can run."""
@@ -299,6 +334,7 @@ _OF_STEP = (
     "kept",
     "_current",
     "_unresolved",
+    "_passed",
     "_local",
     "_total",
     "_exact",

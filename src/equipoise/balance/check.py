@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from equipoise.balance.layers import Layer
-from equipoise.balance.passes import groups_of, masked
+from equipoise.balance.passes import groups_of
 from equipoise.balance.scopes import Exact, Global, Group, Micro, Previous
 from equipoise.balance.terms import objective_of, scope_of
 from equipoise.errors import EquipoiseError
@@ -190,14 +190,27 @@ def _loss_of(handle: Handle, layer: Layer, routing: Routing) -> Tensor:
 def _counts(book: Any, layer: Layer, routing: Routing, term: int) -> Tensor:
     """Counts by bincount, not by the way that is checked."""
     statistic = book.statistic(term, layer.bank)
-    ids, width = routing.expert_ids_TK.long(), layer.site.num_experts
+    ids, width = _ids(layer, routing, statistic), layer.site.num_experts
     if statistic[0] == "unbiased":
         assert routing.scores_TE is not None
         ids = routing.scores_TE[:, :width].topk(layer.site.top_k, dim=-1).indices
     elif statistic[0] == "sent":
         ids, width = groups_of(ids, statistic[1]), max(statistic[1]) + 1
-    places = masked(ids, routing.valid_T, width)
-    return torch.bincount(places.reshape(-1), minlength=width + 1)[:width].double()
+    inside = ids >= 0
+    if routing.valid_T is not None:
+        inside = inside & routing.valid_T.unsqueeze(1)
+    return torch.bincount(ids[inside], minlength=width).double()
+
+
+def _ids(layer: Layer, routing: Routing, statistic: Any) -> Tensor:
+    """Ids before a capacity, or after it, where observers hear what the experts are handed."""
+    choice = None if layer.capacity is None else layer.capacity.last
+    if layer.capacity is None or choice is None:
+        return routing.expert_ids_TK.long()
+    before = layer.site.routing(choice.ids, routing.weights_TK, routing.scores_TE)
+    if statistic[0] == "kept":
+        return layer.capacity.ids_kept(before, choice.kept)
+    return before.expert_ids_TK.long()
 
 
 def _summed(book: Any, tensor: Tensor) -> Tensor:
@@ -228,6 +241,9 @@ def _undisturbed(handle: Handle) -> Iterator[None]:
     modes = {module: module.training for module in handle.model.modules()}
     accumulation, handle.book.accumulation = handle.book.accumulation, 1
     book = handle.book.set_aside()
+    adversaries = [layer.adversary for layer in handle.layers]
+    for layer in handle.layers:
+        layer.adversary = None  # its gradient is no formula of the scores alone
     devices = [handle.device] if handle.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -238,6 +254,8 @@ def _undisturbed(handle: Handle) -> Iterator[None]:
             yield
     finally:
         handle.book.take_up(book)
+        for layer, adversary in zip(handle.layers, adversaries, strict=True):
+            layer.adversary = adversary
         handle.book.accumulation = accumulation
         for module, mode in modes.items():
             module.training = mode

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from equipoise.balance.catalogue import Objective
-from equipoise.balance.passes import PROB, Record, groups_of, share
-from equipoise.balance.scopes import Sequence
+from equipoise.balance.passes import KEPT, PROB, Pass, Record, groups_of, share
 
 if TYPE_CHECKING:
     from equipoise.balance.book import Book
@@ -31,15 +30,17 @@ class Gradients:
         if current.loads is None:
             book.resolve(current)
         total: Tensor | None = None
-        probs = layer.scores.probs(scores)
-        onto = None  # gradient with respect to the probabilities
+        probs = layer.scores.probs(scores, out=book.scratch(scores))
+        onto = self._of_batch(layer, record, probs)  # gradient with respect to the probabilities
         for term in range(len(book.losses)):
             objective = book.objectives[term, layer.bank]
-            if objective.kind == "weight":
+            if objective.kind == "weight" or book.in_batch(term, layer.bank):
                 continue
             weight = book.weight(term, layer.index, book.step)
             if objective.kind == "load":
-                part = self._onto_probs(term, layer, record, scores, probs, objective, weight)
+                load_SE = self._loads_of_sequences(term, layer, record, scores)
+                inside = probs[:, : layer.site.num_experts]
+                part = self._of_sequences(term, layer, record, inside, load_SE, objective, weight)
                 part = _padded(part, probs.shape[1])
                 onto = part if onto is None else onto + part
             else:
@@ -48,14 +49,69 @@ class Gradients:
         if onto is not None:
             pulled = record.masked(layer.scores.pullback(scores, onto, probs))
             total = pulled if total is None else total + pulled
+        if layer.adversary is not None:
+            part = record.masked(layer.adversary.gradient(layer, record, scores))
+            total = part if total is None else total + part
         if total is None:
             return None
         if book.scaler is not None:
             total = book.scaler.scale(total)
         return total.to(scores.dtype)
 
-    def per_token(self, term: int, layer: Layer, record: Record) -> Tensor:
-        """What one token counts in a loss of weight 1: 1 over the tokens that it is a mean of.
+    def _of_batch(self, layer: Layer, record: Record, probs: Tensor) -> Tensor | None:
+        """Of all load objectives over batches, [1, E + nulls], the same for every token."""
+        current = record.of
+        if layer.bank not in current.slopes:
+            current.slopes[layer.bank] = self._slopes(current, layer.bank)
+        slope_RE = current.slopes[layer.bank]
+        if slope_RE is None:
+            return None
+        width = slope_RE.shape[1]
+        current.see_mean(layer, probs[:, :width], record.valid_T)
+        return _padded(slope_RE[layer.row : layer.row + 1].to(probs.device), probs.shape[1])
+
+    def _slopes(self, current: Pass, bank: int) -> Tensor | None:
+        """dL/dp of one token, for all layers of a bank at once [rows, E]; None without such a loss."""
+        book, total = self._book, None
+        for term in range(len(book.losses)):
+            if not book.in_batch(term, bank):
+                continue
+            objective, flat = book.objectives[term, bank], self._flat(current, term)
+            load_RE = share(self._counts(current, term, bank))
+            current.shares[term, bank] = load_RE
+            prob_RE = self._prob(flat, bank) if objective.needs_prob else None
+            factor_R = self._per_token(term, flat, bank) * self._weights(term, bank)
+            part = (objective.dP(load_RE, prob_RE) * factor_R.unsqueeze(1)).float()
+            total = part if total is None else total + part
+        return total
+
+    def _counts(self, current: Pass, term: int, bank: int) -> Tensor:
+        """Counts that make the load of a loss [rows, columns]."""
+        assert current.loads is not None
+        counts = current.loads[term, bank]
+        if counts is not None:
+            return counts
+        book = self._book
+        return book.layout.counts(book.whole_step(), book.statistic(term, bank), bank)
+
+    def _flat(self, current: Pass, term: int) -> Tensor:
+        """The statistics of the tokens that a loss takes its mean over."""
+        scope = self._book.scopes[term]
+        if scope.late:
+            return self._book.whole_step()
+        flat = current.synced if scope.synced else current.flat
+        assert flat is not None
+        return flat
+
+    def _weights(self, term: int, bank: int) -> Tensor | float:
+        """The weight of a loss at each layer of a bank."""
+        book = self._book
+        if term in book.weights:
+            return book.weights[term][list(book.banks[bank].layers)]
+        return book.weight(term, 0, book.step)
+
+    def _per_token(self, term: int, flat: Tensor, bank: int) -> Tensor:
+        """What one token counts in a loss of weight 1 [rows]: 1 over the tokens it is a mean of.
 
         Times what undoes the trainer's averaging over ranks, over the micro-batches of a step, and
         over the number of layers.
@@ -63,60 +119,19 @@ class Gradients:
         book = self._book
         scope = book.scopes[term]
         averaged = book.ranks if book.mean else 1
+        tokens = book.layout.tokens(flat, bank)
         if scope.late:
-            tokens = book.layout.tokens(book.whole_step(), layer.bank)[layer.row]
             return averaged / book.num_layers / tokens.clamp(min=1)
         if scope.synced and book.tokens_expected is not None:
-            return torch.tensor(averaged / book.num_layers / book.tokens_expected)
-        flat = record.of.synced if scope.synced else record.of.flat
-        assert flat is not None
-        tokens = book.layout.tokens(flat, layer.bank)[layer.row]
+            return torch.full_like(tokens, averaged / book.num_layers / book.tokens_expected)
         factor = averaged if scope.synced else averaged / book.ranks
         return factor / (book.num_layers * book.accumulation) / tokens.clamp(min=1)
 
-    def _onto_probs(
-        self,
-        term: int,
-        layer: Layer,
-        record: Record,
-        scores: Tensor,
-        probs: Tensor,
-        objective: Objective,
-        weight: Tensor | float,
-    ) -> Tensor:
-        """The gradient of a load objective with respect to the probabilities, [1, E] or [T, E]."""
-        book = self._book
-        scope = book.scopes[term]
-        width = book.banks[layer.bank].num_experts
-        if isinstance(scope, Sequence):
-            load_SE = self._loads_of_sequences(term, layer, record, scores)
-            return self._of_sequences(
-                term, layer, record, probs[:, :width], load_SE, objective, weight
-            )
-        loads = record.of.loads
-        assert loads is not None
-        counts = loads[term, layer.bank]
-        whole = None
-        if counts is None:
-            whole = book.whole_step()
-            counts = book.layout.counts(whole, book.statistic(term, layer.bank), layer.bank)
-        load_E = share(counts[layer.row])
-        prob_E = self._prob(term, layer, record, whole) if objective.needs_prob else None
-        slope = objective.dP(load_E, prob_E)
-        self._read(term, layer, record, probs[:, :width], objective, load_E)
-        factor = self.per_token(term, layer, record).to(slope.device).float() * weight
-        return (slope * factor).to(probs.device).unsqueeze(0)
-
-    def _prob(self, term: int, layer: Layer, record: Record, whole: Tensor | None) -> Tensor:
-        book = self._book
-        scope = book.scopes[term]
-        flat = whole
-        if flat is None:
-            flat = record.of.synced if scope.synced else record.of.flat
-        assert flat is not None
-        sums = book.layout.counts(flat, PROB, layer.bank)[layer.row]
-        tokens = book.layout.tokens(flat, layer.bank)[layer.row]
-        return (sums / tokens.clamp(min=1)).float()
+    def _prob(self, flat: Tensor, bank: int) -> Tensor:
+        """Mean probabilities [rows, E] in float64: the gradients of some objectives cancel digits."""
+        layout = self._book.layout
+        tokens = layout.tokens(flat, bank)
+        return layout.counts(flat, PROB, bank) / tokens.clamp(min=1).unsqueeze(1)
 
     def _loads_of_sequences(
         self, term: int, layer: Layer, record: Record, scores: Tensor
@@ -124,7 +139,9 @@ class Gradients:
         """What each sequence's selections, or sendings to groups, make of a load [S, E]."""
         statistic = self._book.statistic(term, layer.bank)
         ids, width = record.ids_TK, layer.site.num_experts
-        if statistic[0] == "unbiased":
+        if statistic == KEPT and record.kept_TK is not None:
+            ids = record.kept_TK
+        elif statistic[0] == "unbiased":
             ids = torch.topk(scores.detach()[:, :width], layer.site.top_k, dim=-1).indices
         elif statistic[0] == "sent":
             ids, width = groups_of(ids, statistic[1]), max(statistic[1]) + 1
@@ -196,7 +213,7 @@ class Gradients:
                     value_T = torch.where(record.valid_T, value_T, 0.0)
                 value = value_T.sum()
                 factor: Tensor | float = (
-                    self.per_token(term, layer, record).to(x.device).float() * weight
+                    self._one_token(term, layer, record).to(x.device).float() * weight
                 )
                 tokens = (
                     len(scores) if record.valid_T is None else record.valid_T.sum().clamp(min=1)
@@ -209,24 +226,10 @@ class Gradients:
                 book.meters.value(term, layer.index, value.detach())
             return torch.autograd.grad(value, x)[0] * factor
 
-    def _read(
-        self,
-        term: int,
-        layer: Layer,
-        record: Record,
-        probs_TE: Tensor,
-        objective: Objective,
-        load_E: Tensor,
-    ) -> None:
-        """The value of a load objective, with this rank's mean probability."""
-        book = self._book
-        if record.valid_T is None:
-            prob_E = probs_TE.mean(0)
-        else:
-            valid = record.valid_T.to(probs_TE.dtype)
-            prob_E = (valid @ probs_TE) / valid.sum().clamp(min=1)
-        value = objective.value(load_E=load_E.to(prob_E.device), prob_E=prob_E)
-        book.meters.value(term, layer.index, value)
+    def _one_token(self, term: int, layer: Layer, record: Record) -> Tensor:
+        """What one token of a layer counts in a loss of weight 1."""
+        flat = self._flat(record.of, term)
+        return self._per_token(term, flat, layer.bank)[layer.row]
 
 
 def _padded(grad: Tensor, width: int) -> Tensor:

@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from equipoise.balance.gradients import Gradients
-from equipoise.balance.passes import PROB, TOKENS, Record, Statistic, groups_of, masked
+from equipoise.balance.passes import KEPT, PROB, TOKENS, Record, Statistic, columns, groups_of
 from equipoise.balance.probabilities import Scores
 from equipoise.balance.terms import Bias, Loss, objective_of
 from equipoise.errors import EquipoiseError
-from equipoise.models import RouterSite
+from equipoise.models import RouterSite, steering
 from equipoise.models.steering import in_backward, in_reentrant_checkpoint
 from equipoise.routing import Routing
 
 if TYPE_CHECKING:
+    from equipoise.balance.adversary import Adversaries
     from equipoise.balance.book import Book
+    from equipoise.balance.limits import LayerCapacity
 
 
-PROBED_ROWS = 256
+PROBED_ROWS = 128
 """Rows of each micro-batch that margin and overruled share are taken over."""
+MEASURED_EVERY = 10
+"""Steps between measurements of margin, overruled share and share of the gradient."""
 
 
 class Layer:
@@ -36,22 +40,41 @@ class Layer:
         """Records whose forward pass will be run again before their backward pass."""
         self._added: Tensor | None = None
         """The gradient given last, until the whole gradient of the scores arrives."""
+        self.capacity: LayerCapacity | None = None
+        """Limits what the experts are handed."""
+        self.adversary: Adversaries | None = None
+        """A term that adds a gradient of its own."""
         self.muted = False
-        """Neither count nor act."""
+        """Neither count nor add gradients."""
         self.observe: Callable[[Layer, Tensor, Tensor | None], None] | None = None
         """A bias controller that looks at scores."""
 
     def forget(self) -> None:
         """Drop the records of passes that had no backward pass."""
+        for record in self._waiting:
+            steering.forget(record)
         self._waiting.clear()
+        if self.capacity is not None:
+            self.capacity.forget()
 
     # -- Steerer ------------------------------------------------------------------------------
 
+    @property
+    def limits(self) -> bool:
+        """Whether a capacity acts here."""
+        return self.capacity is not None
+
+    def limit(self, ids: Tensor, weights: Tensor, scores: Tensor | None) -> Tensor:
+        """Ids under the capacity, NO_EXPERT where a slot is dropped."""
+        assert self.capacity is not None
+        return self.capacity.limit(ids, weights, scores)
+
     def transform(
-        self, ids: Tensor, weights: Tensor, scores: Tensor | None
+        self, ids: Tensor, weights: Tensor, scores: Tensor | None, kept: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Nothing is changed here."""
-        return ids, weights
+        """What the experts are given under the capacity."""
+        assert self.capacity is not None
+        return self.capacity.transform(ids, weights, scores, kept)
 
     def begin(
         self,
@@ -61,6 +84,7 @@ class Layer:
         *,
         grad: bool,
         compiled: bool = False,
+        kept: Tensor | None = None,
     ) -> Record | None:
         """Count a pass; one that is run again, or that does not train, counts nothing."""
         book = self._book
@@ -77,18 +101,22 @@ class Layer:
         if again and not in_reentrant_checkpoint():
             return None
         routing = self.site.routing(ids, weights, scores)
-        record = self._count(routing)
+        record = self._count(routing, kept)
         if book.previewing:
             return None
         if again or compiled:
             self._waiting.append(record)
         else:
             self._watch(scores)
+        lives = again or compiled or (scores is not None and scores.requires_grad)
+        if self.capacity is not None and lives:
+            self.capacity.tie(record)
         return record
 
     def _watch(self, scores: Tensor | None) -> None:
         """Measure the whole gradient that arrives at the scores, to set balancing's beside it."""
-        if scores is not None and scores.requires_grad and self._book.losses:
+        measured = self._book.losses and self._book.step % MEASURED_EVERY == 0
+        if measured and scores is not None and scores.requires_grad:
             scores.register_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     def _arrived(self, grad: Tensor) -> None:
@@ -104,8 +132,10 @@ class Layer:
             self._waiting.remove(record)
         rows = scores if scores.ndim == 2 else scores.reshape(-1, scores.shape[-1])
         found = self._gradients.of(self, record, rows)
-        self._added = found if found is None else found.view_as(scores)
-        return self._added
+        found = found if found is None else found.view_as(scores)
+        if self._book.step % MEASURED_EVERY == 0:
+            self._added = found
+        return found
 
     def check(self, losses: Sequence[Loss], bias: Bias | None) -> None:
         """EquipoiseError where a term cannot act on this router."""
@@ -120,9 +150,9 @@ class Layer:
             )
         for loss in losses:
             objective = objective_of(loss)
-            if objective.reads == "logits" and self.scores.function == "probabilities":
+            if objective.reads == "logits" and self.site.scores_are != "logits":
                 raise EquipoiseError(
-                    f"{self.site.path} ({self.site.family}): the router returns probabilities; "
+                    f"{self.site.path} ({self.site.family}): the router returns {self.site.scores_are}; "
                     f"Loss({objective.name!r}) needs its logits."
                 )
 
@@ -140,57 +170,55 @@ class Layer:
         ]
         return self._waiting[alike.index(max(alike))]
 
-    def _count(self, routing: Routing) -> Record:
+    def _count(self, routing: Routing, kept: Tensor | None = None) -> Record:
         current = self._book.pass_for(self)
         ids, valid = routing.expert_ids_TK.detach().long(), routing.valid_T
         record = Record(current, ids, valid)
+        if self.capacity is not None and kept is not None:
+            record.kept_TK = self.capacity.ids_kept(routing, kept)
         rows = len(ids) if valid is None else valid.sum()
-        current.layout.table(current.flat, TOKENS, self.bank)[self.row, 0] = rows
+        current.layout.row(current.flat, TOKENS, self)[1] = rows
         for statistic in current.layout.statistics:
             self._add(record, statistic, routing)
         if self.observe is not None and not self._book.previewing:
             scores = self.scores.required(routing.scores_TE, "this controller")
             self.observe(self, scores, valid)
-        if routing.scores_TE is not None:
-            # One sum tells whether any score is not finite; it is looked at when the step ends.
-            total = routing.scores_TE.detach().sum(dtype=torch.float32)
-            self._book.meters.score_sums[self.index] += total.to(self._book.device)
-            self._book.meters.probes[self.index] = self._probe(routing)
+        meters = self._book.meters
+        if routing.scores_TE is not None and not self._book.previewing:
+            scores = routing.scores_TE.detach()
+            if self._book.step % MEASURED_EVERY == 0:
+                few = slice(0, PROBED_ROWS)
+                meters.probes[self.index] = (scores[few].clone(), ids[few].clone())
+            # One sum tells at the step's end whether any score was not finite.
+            meters.sums[self.index] += scores.sum(dtype=torch.float32).to(meters.sums.device)
         self._book.heard(self, record, routing)
         return record
 
-    def _probe(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Over a few rows: k-th minus (k+1)-th score, and selections that bias or groups overruled."""
-        assert routing.scores_TE is not None
-        few, k = slice(0, PROBED_ROWS), self.site.top_k
-        scores, ids = routing.scores_TE.detach()[few], routing.expert_ids_TK[few]
-        best = scores.float().topk(min(k + 1, scores.shape[1]), dim=-1)
-        margin = (best.values[:, k - 1] - best.values[:, -1]).mean()
-        kept = (ids.unsqueeze(2) == best.indices[:, :k].unsqueeze(1)).any(2)
-        routed = ids >= 0
-        overruled = (routed & ~kept).sum() / routed.sum().clamp(min=1)
-        return margin, overruled
-
     def _add(self, record: Record, statistic: Statistic, routing: Routing) -> None:
         current, valid = record.of, record.valid_T
-        width = current.layout.table(current.flat, statistic, self.bank).shape[1] - 1
         match statistic:
             case ("selected",) | ("kept",):
-                current.count(self, statistic, masked(record.ids_TK, valid, width))
+                left = record.kept_TK if statistic == KEPT else None
+                ids = record.ids_TK if left is None else left
+                current.count(self, statistic, columns(ids, valid))
             case ("unbiased",):
                 scores = self.scores.required(routing.scores_TE, "count='unbiased'")
-                ids = torch.topk(scores.detach()[:, :width], self.site.top_k, dim=-1).indices
-                current.count(self, statistic, masked(ids, valid, width))
-            case ("subset", seed):
-                rows = self._book.subset(len(record.ids_TK), valid, seed)
-                ids = record.ids_TK[rows]
-                current.count(self, statistic, masked(ids, None, width))
+                ids = torch.topk(
+                    scores.detach()[:, : self.site.num_experts], self.site.top_k, dim=-1
+                ).indices
+                current.count(self, statistic, columns(ids, valid))
+            case ("subset", seed, *groups):
+                if seed not in record.drawn:
+                    record.drawn[seed] = self._book.subset(len(record.ids_TK), valid, seed)
+                ids = record.ids_TK[record.drawn[seed]]
+                ids = groups_of(ids, groups[0]) if groups else ids
+                current.count(self, statistic, columns(ids, None))
             case ("sent", groups):
                 sent = groups_of(record.ids_TK, groups)
-                current.count(self, statistic, masked(sent, valid, width))
+                current.count(self, statistic, columns(sent, valid))
             case ("prob",):
                 probs = self.scores.probs(routing.scores_TE.detach())  # type: ignore[union-attr]
                 if valid is not None:
                     probs = probs * valid.unsqueeze(1)
-                table = current.layout.counts(current.flat, PROB, self.bank)
-                table[self.row] = probs.sum(0, dtype=torch.float64)[:width]
+                row = current.layout.row(current.flat, PROB, self)
+                row[1:] = probs.sum(0, dtype=torch.float64)[: len(row) - 1]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.balance.passes import SELECTED
+from equipoise.balance.passes import KEPT, SELECTED, Statistic
 from equipoise.errors import EquipoiseError
 from equipoise.metrics import floors, load
 
@@ -41,6 +41,7 @@ class Measures:
         self._flat: Tensor | None = None
         self._before: Tensor | None = None
         self._meters: dict[str, Tensor | int | dict[int, Tensor]] = {}
+        self._gradient_share = torch.full((handle.book.num_layers,), math.nan, device=handle.device)
         self.step = 0
 
     def take(self, flat: Tensor) -> None:
@@ -51,7 +52,9 @@ class Measures:
         self._valued = torch.tensor(meters.valued, dtype=torch.float32).reshape(self._values.shape)
         self._micro = dict(meters.micro_vio)
         self._passes = meters.passes
-        self._balance_sq, self._main_sq = meters.balance_sq.clone(), meters.main_sq.clone()
+        balance, main = meters.balance_sq.sqrt(), meters.main_sq.sqrt()
+        share = balance / (balance + main)
+        self._gradient_share = torch.where(share.isnan(), self._gradient_share, share)
         self._probes = list(meters.probes)
         self.step = self._handle.book.step
         meters.reset()
@@ -79,6 +82,8 @@ class Measures:
             for measure, values in rows.items():
                 if not math.isnan(values[index]):
                     out[f"balance/{name}/{measure}"] = values[index]
+        for part in self._handle.parts:
+            out.update(part.metrics())
         return out
 
     def _rows(self) -> dict[str, list[float]]:
@@ -103,10 +108,10 @@ class Measures:
             "dropped_share": self._dropped(),
             "churn": self._churn(counts),
         }
-        rows["margin"] = [float(p[0]) for p in self._probes]
-        rows["overruled_share"] = [float(p[1]) for p in self._probes]
-        balance, main = self._balance_sq.sqrt(), self._main_sq.sqrt()
-        rows["gradient_share"] = (balance / (balance + main)).cpu().tolist()
+        probed = [_probed(p, s.top_k) for p, s in zip(self._probes, sites, strict=True)]
+        rows["margin"] = [margin for margin, _ in probed]
+        rows["overruled_share"] = [overruled for _, overruled in probed]
+        rows["gradient_share"] = self._gradient_share.cpu().tolist()
         for term, loss in enumerate(self._handle.book.losses):
             value = self._values[term].cpu() / self._valued[term]
             rows[f"loss/{loss.name}"] = value.tolist()
@@ -118,9 +123,9 @@ class Measures:
             rows["bias_mean"] = [float(b.mean()) for b in held]
         return rows
 
-    def _table(self, flat: Tensor) -> list[np.ndarray]:
+    def _table(self, flat: Tensor, statistic: Statistic = SELECTED) -> list[np.ndarray]:
         layout = self._handle.book.layout
-        tables = [layout.counts(flat, SELECTED, b.index).cpu().numpy() for b in layout.banks]
+        tables = [layout.counts(flat, statistic, b.index).cpu().numpy() for b in layout.banks]
         return [tables[layer.bank][layer.row] for layer in self._handle.layers]
 
     def _counts(self) -> list[np.ndarray]:
@@ -136,7 +141,10 @@ class Measures:
     def _dropped(self) -> list[float]:
         """Slots that went to no expert, as a share of all slots of valid tokens."""
         out = []
-        for c, t, s in zip(self._counts(), self._tokens(), self._handle.sites, strict=True):
+        assert self._flat is not None
+        left = KEPT if KEPT in self._handle.book.layout.statistics else SELECTED
+        kept = self._table(self._flat, left)
+        for c, t, s in zip(kept, self._tokens(), self._handle.sites, strict=True):
             out.append(1 - float(c.sum()) / (t * s.top_k) if t else math.nan)
         return out
 
@@ -160,6 +168,18 @@ class Measures:
         if len(set(numbers)) == len(numbers):
             return [f"layer_{number}" for number in numbers]
         return [site.path for site in sites]
+
+
+def _probed(probe: tuple[Tensor, Tensor] | None, top_k: int) -> tuple[float, float]:
+    """k-th minus (k+1)-th score, mean over rows; selections that bias or groups overruled."""
+    if probe is None or not len(probe[0]):
+        return math.nan, math.nan
+    scores_TE, ids_TK = probe
+    best = scores_TE.float().topk(min(top_k + 1, scores_TE.shape[1]), dim=-1)
+    margin = (best.values[:, top_k - 1] - best.values[:, -1]).mean()
+    kept = (ids_TK.unsqueeze(2) == best.indices[:, :top_k].unsqueeze(1)).any(2)
+    routed = ids_TK >= 0
+    return float(margin), float((routed & ~kept).sum() / routed.sum().clamp(min=1))
 
 
 def _share(counts: np.ndarray) -> np.ndarray:

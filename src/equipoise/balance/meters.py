@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -20,14 +18,21 @@ class Meters:
         self.passes = 0
         self.balance_sq = torch.zeros(num_layers, device=device)
         self.main_sq = torch.zeros(num_layers, device=device)
-        self.score_sums = torch.zeros(num_layers, device=device)
-        nothing = torch.tensor(math.nan)
-        self.probes = [(nothing, nothing)] * num_layers
+        self.sums = torch.zeros(num_layers, device=device)
+        """Of scores, where no loss looks at them: NaN or infinite if any of them is."""
+        self.probes: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        """A few rows of each layer's scores and ids, of the last pass."""
 
     def value(self, term: int, layer: int, value: Tensor) -> None:
         """The value of a loss in one pass."""
         self.values[term, layer] += value.detach().to(self.values.device)
         self.valued[term][layer] += 1
+
+    def values_of(self, term: int, layers: list[int], value_R: Tensor) -> None:
+        """The values of a loss at several layers in one pass."""
+        self.values[term, layers] += value_R.detach().to(self.values)
+        for layer in layers:
+            self.valued[term][layer] += 1
 
     def micro(self, layout: Layout, flat: Tensor) -> None:
         """MaxVio of one micro-batch on this rank, by bank."""
@@ -45,12 +50,16 @@ class Meters:
         self.balance_sq[layer] += balance.float().square().sum().to(home)
         self.main_sq[layer] += (whole.float() - balance.float()).square().sum().to(home)
 
+    def nonsense(self) -> Tensor:
+        """NaN for each layer with a score that was NaN or infinite, else 0 [L]."""
+        return self.sums * 0 + (self.values * 0).sum(0)
+
     def reset(self) -> None:
         """Start a step."""
         self.values.zero_()
         self.valued = [[0] * len(row) for row in self.valued]
         self.micro_vio.clear()
         self.passes = 0
-        self.score_sums.zero_()
+        self.sums.zero_()
         self.balance_sq.zero_()
         self.main_sq.zero_()

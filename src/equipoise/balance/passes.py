@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from equipoise.balance.layers import Layer
 
 Statistic = tuple[Any, ...]
-"""("selected",), ("unbiased",), ("kept",), ("subset", seed), ("sent", groups), ("prob",)."""
+"""("selected",), ("unbiased",), ("kept",), ("sent", groups), ("subset", seed), ("subset", seed,
+groups), ("prob",), ("tokens",)."""
 SELECTED: Statistic = ("selected",)
 PROB: Statistic = ("prob",)
 TOKENS: Statistic = ("tokens",)
+KEPT: Statistic = ("kept",)
+_ONE = torch.ones((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Bank:
 
 @dataclass(frozen=True)
 class Section:
-    """Where a statistic of a bank lies in the flat tensor: [rows, columns], the last for nothing.
+    """Where a statistic of a bank lies in the flat tensor: [rows, columns], the first for nothing.
 
-    The last column takes what is not counted: padding, and slots that went to no expert.
+    The first column takes what is not counted: padding, and slots that went to no expert (-1).
     """
 
     start: int
@@ -68,18 +71,23 @@ class Layout:
         end = section.start + section.rows * section.columns
         return flat[section.start : end].view(section.rows, section.columns)
 
+    def row(self, flat: Tensor, statistic: Statistic, layer: Layer) -> Tensor:
+        """A view of one layer's row [columns + 1]."""
+        section = self.sections[statistic, layer.bank]
+        return flat.narrow(0, section.start + layer.row * section.columns, section.columns)
+
     def counts(self, flat: Tensor, statistic: Statistic, bank: int) -> Tensor:
         """The statistic of a bank [rows, columns]."""
-        return self.table(flat, statistic, bank)[:, :-1]
+        return self.table(flat, statistic, bank)[:, 1:]
 
     def tokens(self, flat: Tensor, bank: int) -> Tensor:
         """Valid tokens of each layer of a bank [rows]."""
-        return self.table(flat, TOKENS, bank)[:, 0]
+        return self.table(flat, TOKENS, bank)[:, 1]
 
 
 def _width(statistic: Statistic, bank: Bank) -> int:
-    if statistic[0] == "sent":
-        return int(max(statistic[1])) + 1
+    if isinstance(statistic[-1], tuple):
+        return int(max(statistic[-1])) + 1
     return 1 if statistic == TOKENS else bank.num_experts
 
 
@@ -100,18 +108,40 @@ class Pass:
     """Counts of all ranks, once `work` has ended."""
     loads: dict[tuple[int, int], Tensor | None] | None = None
     """By (term, bank): counts [rows, columns] that make the load; None: known at the step's end."""
-    slopes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    slopes: dict[int, Tensor | None] = field(default_factory=dict)
+    """By bank: the gradient of one token's probabilities [rows, E]."""
+    shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By (term, bank): the loads [rows, columns] that the gradients were made of."""
+    means: dict[int, Tensor] = field(default_factory=dict)
+    """By bank: this rank's mean probabilities [rows, E]."""
+    seen: dict[int, list[int]] = field(default_factory=dict)
+    """By bank: the rows whose mean is there, since their backward pass came."""
 
-    def count(self, layer: Layer, statistic: Statistic, index: Tensor) -> None:
-        """Add one to each of the columns named in `index` (any shape, long)."""
-        table = self.layout.table(self.flat, statistic, layer.bank)
-        index = index.reshape(-1)
-        ones = torch.ones((), dtype=table.dtype, device=index.device).expand(index.numel())
-        if index.device == table.device:
-            table[layer.row].scatter_add_(0, index, ones)
+    def count(self, layer: Layer, statistic: Statistic, column: Tensor) -> None:
+        """Add one to each of the columns named (any shape, long; 0 counts nothing)."""
+        row = self.layout.row(self.flat, statistic, layer)
+        column = column.reshape(-1)
+        one = _ONE if column.device.type == "cpu" else _ONE.to(column.device)
+        if column.device == row.device:
+            row.scatter_add_(0, column, one.expand(column.shape))
         else:
-            own = torch.zeros(table.shape[1], dtype=table.dtype, device=index.device)
-            table[layer.row] += own.scatter_add_(0, index, ones).to(table.device)
+            own = torch.zeros(row.shape, dtype=row.dtype, device=column.device)
+            row += own.scatter_add_(0, column, one.expand(column.shape)).to(row.device)
+
+    def see_mean(self, layer: Layer, probs_TE: Tensor, valid_T: Tensor | None) -> None:
+        """Keep this rank's mean probability of a layer, for the values of losses."""
+        if layer.bank not in self.means:
+            rows = self.layout.sections[TOKENS, layer.bank].rows
+            shape = (rows, probs_TE.shape[1])
+            self.means[layer.bank] = torch.zeros(shape, device=self.flat.device)
+            self.seen[layer.bank] = []
+        if valid_T is None:
+            mean_E = probs_TE.mean(0)
+        else:
+            weight_T = valid_T.to(probs_TE.dtype)
+            mean_E = (weight_T @ probs_TE).div_(weight_T.sum().clamp_(min=1))
+        self.means[layer.bank][layer.row] = mean_E
+        self.seen[layer.bank].append(layer.row)
 
 
 @dataclass(eq=False)
@@ -124,6 +154,12 @@ class Record:
     segment_T: Tensor | None = None
     """The sequence of each token, 0 upwards, where a loss asks for it."""
     num_segments: int = 0
+    kept_TK: Tensor | None = None
+    """Ids after capacity, NO_EXPERT where a slot was dropped; None without a capacity."""
+    choice: Any = None
+    """The capacity's decision, which lives as long as this record."""
+    drawn: dict[int, Tensor] = field(default_factory=dict)
+    """Rows of random subsets, by seed."""
 
     def masked(self, grad_TE: Tensor) -> Tensor:
         """A gradient with the rows of padding at zero."""
@@ -146,10 +182,10 @@ def banks_of(num_experts: Sequence[int]) -> list[Bank]:
     return [Bank(at, tuple(rows), width) for at, (width, rows) in enumerate(by_width.items())]
 
 
-def masked(ids: Tensor, valid_T: Tensor | None, nowhere: int) -> Tensor:
-    """Ids [T, K] with those of padding, and NO_EXPERT, sent to the column `nowhere`."""
-    ids = torch.where(ids < 0, nowhere, ids)
-    return ids if valid_T is None else torch.where(valid_T.unsqueeze(1), ids, nowhere)
+def columns(ids: Tensor, valid_T: Tensor | None) -> Tensor:
+    """The column that each id [T, K] is counted in: 0 for padding and NO_EXPERT, else id + 1."""
+    at = ids + 1
+    return at if valid_T is None else at * valid_T.unsqueeze(1)
 
 
 def groups_of(ids_TK: Tensor, group_of_E: tuple[int, ...]) -> Tensor:

@@ -29,8 +29,8 @@ class Scores:
         # A bias of the model's own acts where its router adds it; ours acts on scores.
         self._bias_on_logits = site.selection_bias and site.compares == "logits"
         self.function = "none"
-        if site.scores_are == "probabilities":
-            self.function = "probabilities"
+        if site.scores_are != "logits":
+            self.function = site.scores_are
         elif site.score_function != "hash":
             self.function = FUNCTIONS.get(site.score_function, "unknown")
 
@@ -40,11 +40,11 @@ class Scores:
             raise EquipoiseError(f"{self.path}: {by} needs the router's scores; it returns none.")
         return scores_TE
 
-    def probs(self, scores_TE: Tensor) -> Tensor:
-        """Probabilities in float32, each row summing to 1."""
+    def probs(self, scores_TE: Tensor, out: Tensor | None = None) -> Tensor:
+        """Probabilities in float32, each row summing to 1; in `out` where that is possible."""
         x = scores_TE.float()
         if self.function == "softmax":
-            return torch.softmax(x, dim=-1)
+            return torch.softmax(x, dim=-1, out=out)
         if self.function == "probabilities":
             return x
         s = _gate(x, self.function)
@@ -68,6 +68,8 @@ class Scores:
         """
         if self.function == "probabilities":
             return grad_TE.expand_as(probs_TE)
+        # What is the same for all experts cancels; taken out first, it takes no digits with it.
+        grad_TE = grad_TE - grad_TE.mean(-1, keepdim=True)
         if grad_TE.shape[0] == 1:
             mean_T1 = (probs_TE @ grad_TE[0]).unsqueeze(1)
         else:
@@ -77,11 +79,15 @@ class Scores:
             return out.mul_(probs_TE)
         x = scores_TE.float()
         s = _gate(x, self.function)
+        if self.function == "gates":
+            return out.div_(s.sum(-1, keepdim=True))
         slope = s * (1 - s) if self.function == "sigmoid" else torch.sigmoid(x) / (2 * s)
         return out.mul_(slope).div_(s.sum(-1, keepdim=True))
 
 
 def _gate(x: Tensor, function: str) -> Tensor:
+    if function == "gates":
+        return x
     if function == "sigmoid":
         return torch.sigmoid(x)
     if function == "sqrtsoftplus":

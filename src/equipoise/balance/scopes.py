@@ -12,8 +12,9 @@
   control of 2501.11873).
 - "previous": of the step before: one reduction per step, no waiting.
 
-A scope also says over which tokens the mean probability P is taken: this rank's micro-batch for
-"sequence" and "micro", the micro-batch of all ranks otherwise, and the whole step for "exact".
+A scope also says over which tokens the mean probability P is taken: the sequence for "sequence",
+this rank's micro-batch for "micro" and "previous" (which waits for no other rank), the whole step
+for "exact", and the micro-batch of all ranks otherwise.
 With one micro-batch per step "group", "global" and "exact" are the same.
 """
 

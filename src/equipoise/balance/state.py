@@ -34,6 +34,7 @@ def state_dict(handle: Handle) -> dict[str, Any]:
         "weights": [[term, weight.clone()] for term, weight in book.weights.items()],
         "weight_controllers": [_cloned(state) for state in steps.weight_states],
         "last": None if steps.last is None else steps.last.clone(),
+        "parts": {part.name: part.state_dict() for part in handle.parts},
         "generators": [[seed, g.get_state()] for seed, g in book.generators.items()],
     }
 
@@ -49,16 +50,20 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
     for name, here in (
         ("losses", [loss.name for loss in handle.book.losses]),
         ("controller", _controller(handle)),
+        ("parts", [part.name for part in handle.parts]),
     ):
-        if state[name] != here:
+        saved = list(state.get(name, ())) if name == "parts" else state[name]
+        if saved != here:
             raise EquipoiseError(
-                f"load_state_dict: saved with {name} {state[name]!r}, attached with {here!r}. "
+                f"load_state_dict: saved with {name} {saved!r}, attached with {here!r}. "
                 "Attach the same terms, or begin anew without this state."
             )
     book, steps, device = handle.book, handle.steps, handle.device
     book.step = state["step"]
-    for bias, saved in zip(handle.biases, state["biases"], strict=True):
-        bias.write(saved)
+    for bias, saved_E in zip(handle.biases, state["biases"], strict=True):
+        bias.write(saved_E)
+    for part in handle.parts:
+        part.load_state_dict(state["parts"][part.name])
     steps.states = [_cloned(s, device) for s in state["controllers"]]
     for term, bank, saved in state["scopes"]:
         book.states[term, bank] = _cloned(saved, device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from equipoise.balance.biases import LayerBias
 from equipoise.balance.book import Book
 from equipoise.balance.layers import Layer
+from equipoise.balance.parts import Part
 from equipoise.balance.passes import SELECTED, Bank
 from equipoise.balance.terms import Bias
 from equipoise.errors import EquipoiseError
@@ -33,6 +34,7 @@ class Steps:
     ) -> None:
         self.book, self.layers, self.biases, self.bias = book, layers, biases, bias
         self.routers = routers
+        self.parts: list[Part] = []
         self.last: Tensor | None = None
         """Counts of the last step on all ranks, flat."""
         self.states: list[dict[str, Tensor]] = []
@@ -77,12 +79,15 @@ class Steps:
                 f"{book.accumulation}: the losses would be weighted wrongly. Give attach() the "
                 "number of micro-batches per step (or set handle.accumulation before the step)."
             )
+        flat = book.counted()
+        book.value_passes()
         self._refuse_nonsense()
         passes, step = book.kept, book.step
-        flat = book.end_step()
-        assert flat is not None
+        book.end_step(flat)
         measures.take(flat)
         self.last = flat
+        for part in self.parts:
+            part.before()
         if self.bias is not None:
             for bank in book.banks:
                 self._move_bias(bank, flat, passes, step)
@@ -90,19 +95,36 @@ class Steps:
             if loss.controller is not None:
                 self._steer_weight(term, loss.controller, measures, step)
         self._on_router_weights(step)
+        counts = self.counts() if self.parts else []
+        for part in self.parts:
+            part.after(counts, step)
 
     def _refuse_nonsense(self) -> None:
-        """EquipoiseError naming the layer whose scores were not finite, before anything moves."""
+        """EquipoiseError naming the layer whose scores were not finite, before anything moves.
+
+        On every rank, whichever it was, so that none waits for another; the step is forgotten.
+        """
         if self.book.scaler is not None:
             return  # steps with gradients that are not finite are the scaler's business
-        bad = (~torch.isfinite(self.book.meters.score_sums)).nonzero()
-        if len(bad):
-            path = self.layers[int(bad[0, 0])].site.path
+        found = self.book.meters.nonsense()
+        if self.book.group is not None and self.book.ranks > 1:
+            dist.all_reduce(found, group=self.book.group)
+        bad = found.isnan().nonzero()[:, 0].tolist()
+        if bad:
+            self._forget()
             raise EquipoiseError(
-                f"{path}: router scores were NaN or infinite in this step, in {len(bad)} of "
-                f"{len(self.layers)} layers. Biases and weights were left as they were; look for a "
-                "learning rate that is too high, or overflow in half precision."
+                f"{self.layers[bad[0]].site.path}: router scores were NaN or infinite in this "
+                f"step, in {len(bad)} of {len(self.layers)} layers. Biases and weights were left "
+                "as they were; look for a learning rate that is too high, or overflow in half "
+                "precision."
             )
+
+    def _forget(self) -> None:
+        self.book.drop_step()
+        for state in self.states:
+            assert self.bias is not None
+            for name in self.bias.controller.reduce:
+                state[name].zero_()
 
     def counts(self) -> list[Tensor]:
         """Selections of the last step, one [E] per layer."""

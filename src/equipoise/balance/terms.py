@@ -68,6 +68,13 @@ class Loss:
             raise EquipoiseError(
                 f"Loss({objective.name!r}): count={self.count!r} is not one of {', '.join(COUNTS)}."
             )
+        if self.count != "selected" and (
+            objective.name == "communication" or scope.name == "subset"
+        ):
+            raise EquipoiseError(
+                f"Loss({objective.name!r}, {scope.name!r}): count={self.count!r} is not to be had "
+                "with the communication loss or scope='subset'; they count what was selected."
+            )
         if not self.name:
             kind = "" if self.count == "selected" else f"_{self.count}"
             object.__setattr__(self, "name", f"{objective.name}_{scope.name}{kind}")

@@ -51,6 +51,7 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
         self._per_epoch: int | None = None
         self._steps_begun = 0
         self._resumed = False
+        self._step = 0
 
     # -- before the first step ------------------------------------------------------------------
 
@@ -69,6 +70,7 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
         self._resumed = state.global_step > 0
         if self._resumed:
             self._resume(args, state)
+        self._step = self.handle.book.step
         names = {"run": self._run, "output_dir": str(Path(args.output_dir).resolve())}
         state.stateful_callbacks[KEY] = {"args": {}, "attributes": names}
 
@@ -123,8 +125,8 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
         """Forget a step that the loss scaler skipped; write the counts of others to traces."""
         if self.handle.book.passes:
             self.handle.discard()
-            return
-        if state.is_world_process_zero:
+        seen, self._step = self._step, self.handle.book.step
+        if state.is_world_process_zero and self._step != seen:
             for sink in self.sinks:
                 if isinstance(sink, TraceSink):
                     sink.write(state.global_step)

@@ -124,6 +124,19 @@ def longcat_flash(scan: Scan, path: str, module: Any) -> RouterSite:
     return experts.site(scan, path, module, null_experts=int(module.zero_expert_num))
 
 
+def torchtitan(scan: Scan, path: str, module: Any) -> RouterSite:
+    """torchtitan's MoE layer: scores come after the score function, the bias lies in the block."""
+    router = scan.router_beside(path)
+    num_experts = int(module.inner_experts.num_experts)
+    ears = experts.ears(module, router, num_experts, ("topk_expert_ids_BLK", "topk_scores_BLK"))
+    site = experts.describe_site(
+        scan, path, module=module, router=router, ears=ears, num_experts=num_experts
+    )
+    return replace(
+        site, score_function=str(getattr(router, "score_func", "unknown")), scores_are="gates"
+    )
+
+
 ADAPTERS: dict[str, Adapter] = {
     "Llama4Router": llama4,
     "JetMoeTopKGating": jetmoe,
@@ -131,6 +144,7 @@ ADAPTERS: dict[str, Adapter] = {
     "SwitchTransformersExperts": switch,
     "ZayaExperts": zaya,
     "LongcatFlashExperts": longcat_flash,
+    "RoutedExperts": torchtitan,
 }
 """By class name of the module that the adapter is given."""
 

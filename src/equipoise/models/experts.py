@@ -81,6 +81,7 @@ def describe_site(
     *,
     block: str | None = None,
     top_k: int | None = None,
+    num_experts: int | None = None,
 ) -> RouterSite:
     """A site heard at the module at `path`, in the block around it unless another is named."""
     around = scan.modules[block if block is not None else path.rpartition(".")[0]]
@@ -90,7 +91,7 @@ def describe_site(
         layer=layer,
         path=block_path(scan, path) if block is None else block,
         stack=stack,
-        num_experts=describe.num_experts(module, config, path),
+        num_experts=num_experts or describe.num_experts(module, config, path),
         top_k=top_k or describe.top_k([m for m in (router, around) if m is not None], config, path),
         score_function=describe.score_function(router, around, config),
         selection_bias=describe.selection_bias(router, around),

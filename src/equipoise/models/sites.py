@@ -97,7 +97,8 @@ class RouterSite:
     family: str
     """The model's `config.model_type`."""
     scores_are: str = "logits"
-    """What the router gives as scores: "logits", or "probabilities" (gemma4)."""
+    """What the router gives as scores: "logits", "probabilities" (gemma4), or "gates", which are
+    scores after the score function (torchtitan)."""
     compares: str = "scores"
     """What its top-k compares: "scores" (after the score function) or "logits"."""
     selects_in_block: bool = False

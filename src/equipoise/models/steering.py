@@ -1,9 +1,10 @@
 """Steering: what a balancer does at a router, beside watching it.
 
-A steerer may replace the selection that goes to the experts (`transform`), keep a record of each
-pass (`begin`), and add a gradient to the router's scores when the backward pass comes through
-(`gradient`). In eager mode this is an autograd function around the routing weights; in compiled
-code a custom operator, which the compiler can neither look into nor leave out.
+A steerer may replace the selection that goes to the experts (`limit` decides, `transform` makes ids
+and weights of it), keep a record of each pass (`begin`), and add a gradient to the router's scores
+when the backward pass comes through (`gradient`). In eager mode this is an autograd function around
+the routing weights; in compiled code a custom operator, which the compiler can neither look into nor
+leave out.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ from torch.autograd.function import once_differentiable
 class Steerer(Protocol):
     """What acts at one router; ids [T, K], weights [T, K] and scores [T, E] as the model has them."""
 
+    @property
+    def limits(self) -> bool:
+        """Whether `limit` and `transform` are to be asked at all."""
+        ...
+
+    def limit(self, ids: Tensor, weights: Tensor, scores: Tensor | None) -> Tensor:
+        """Ids as they are to be, NO_EXPERT where a slot is dropped; no compiler looks inside."""
+        ...
+
     def transform(
-        self, ids: Tensor, weights: Tensor, scores: Tensor | None
+        self, ids: Tensor, weights: Tensor, scores: Tensor | None, kept: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The selection to hand to the experts; plain tensor code, which torch.compile may trace."""
+        """The selection to hand to the experts, from what `limit` said; torch.compile traces it."""
         ...
 
     def begin(
@@ -35,10 +45,12 @@ class Steerer(Protocol):
         *,
         grad: bool,
         compiled: bool = False,
+        kept: Tensor | None = None,
     ) -> Any:
         """A pass reached the router; what it gives back is handed to `gradient`.
 
-        `grad` says whether gradients are recorded here, `compiled` whether compiled code calls.
+        `grad` says whether gradients are recorded here, `compiled` whether compiled code calls,
+        `kept` what `limit` said of this very selection.
         Called again when activation checkpointing runs the forward pass a second time.
         """
         ...
@@ -99,30 +111,52 @@ def register(steerer: Steerer) -> int:
     return key
 
 
+def forget(record: Any) -> None:
+    """Let go of a record whose backward pass will not come."""
+    _RECORDS.pop(id(record), None)
+
+
 def steer(
     key: int, steerer: Steerer, ids: Tensor, weights: Tensor, scores: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Ids and weights for the experts, the weights carrying the gradient for the scores."""
-    ids, weights = steerer.transform(ids, weights, scores)
     grad = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
-        if scores is None:
-            return ids, weights
-        return ids, torch.ops.equipoise.carry(key, ids, weights, scores, grad)[0]
-    record = steerer.begin(ids, weights, scores, grad=grad)
-    if scores is None or not (grad and scores.requires_grad):
-        return ids, weights
-    return ids, _Carry.apply(weights, scores, steerer, record)  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()
+    kept = None
+    if steerer.limits:
+        seen = (ids, weights.detach(), None if scores is None else scores.detach())
+        kept = torch.ops.equipoise.limit(key, *seen) if compiling else steerer.limit(*seen)
+    carried = weights
+    if compiling:
+        if scores is not None:
+            carried = torch.ops.equipoise.carry(key, ids, weights, scores, kept, grad)[0]
+    else:
+        record = steerer.begin(ids, weights, scores, grad=grad, kept=kept)
+        if scores is not None and grad and scores.requires_grad:
+            carried = _Carry.apply(weights, scores, steerer, record)  # type: ignore[no-untyped-call]
+    return (ids, carried) if kept is None else steerer.transform(ids, carried, scores, kept)
+
+
+@torch.library.custom_op("equipoise::limit", mutates_args=())
+def _limit(key: int, ids: Tensor, weights: Tensor, scores: Tensor | None) -> Tensor:
+    steerer = _STEERERS.get(key)
+    kept: Tensor = ids if steerer is None else steerer.limit(ids, weights, scores)
+    return kept.clone() if kept is ids else kept
+
+
+@_limit.register_fake
+def _(key: int, ids: Tensor, weights: Tensor, scores: Tensor | None) -> Tensor:
+    return torch.empty_like(ids)
 
 
 @torch.library.custom_op("equipoise::carry", mutates_args=())
 def _carry(
-    key: int, ids: Tensor, weights: Tensor, scores: Tensor, grad: bool
+    key: int, ids: Tensor, weights: Tensor, scores: Tensor, kept: Tensor | None, grad: bool
 ) -> tuple[Tensor, Tensor]:
     steerer = _STEERERS.get(key)
     token = -1
     if steerer is not None:
-        record = steerer.begin(ids, weights, scores, grad=grad, compiled=True)
+        record = steerer.begin(ids, weights, scores, grad=grad, compiled=True, kept=kept)
         if record is not None:
             token = id(record)
             _RECORDS[token] = record
@@ -130,7 +164,9 @@ def _carry(
 
 
 @_carry.register_fake
-def _(key: int, ids: Tensor, weights: Tensor, scores: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
+def _(
+    key: int, ids: Tensor, weights: Tensor, scores: Tensor, kept: Tensor | None, grad: bool
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weights), torch.empty((), dtype=torch.int64)
 
 
@@ -167,7 +203,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad_weights: Tensor, _: Tensor) -> tuple[Any, ...]:
     token, scores = ctx.saved_tensors
     found = torch.ops.equipoise.carry_backward(ctx.key, token, scores)
-    return None, None, grad_weights, found, None
+    return None, None, grad_weights, found, None, None
 
 
 _carry.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,211 @@
+"""`attach` and its handle as the user meets them: refusals, steps, metrics, undoing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equipoise.balance import Bias, Handle, Loss, Sign, attach
+from equipoise.balance.measures import NAMES
+from equipoise.errors import EquipoiseError, RoutingError
+
+from .test_trainer import LENGTH, deepseek, mixtral, rows
+
+
+def batch(number: int = 0) -> dict[str, Tensor]:
+    ids = torch.stack([row["input_ids"] for row in rows()[4 * number : 4 * number + 4]])
+    return {"input_ids": ids, "labels": ids}
+
+
+def backward(handle: Handle, number: int = 0) -> None:
+    handle.model.train()
+    handle.model(**batch(number)).loss.backward()
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terms", "options", "message"),
+    [
+        ((Sign(),), {}, "a controller goes into Bias"),
+        ((Bias(Sign()), Bias(Sign())), {}, "2 biases would move one"),
+        ((Loss("switch"), Loss("switch", weight=1.0)), {}, "two losses are called 'switch_global'"),
+        ((), {"reduction": "max"}, "not one of mean, sum"),
+        ((), {"accumulation": 0}, "at least one micro-batch"),
+        ((), {"layers": lambda site: False}, "no router to balance .2 found, none chosen"),
+        ((), {"group": object()}, "torch.distributed is not running"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_model_stays_as_it_is(
+    terms: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    model = mixtral()
+    model.config.output_router_logits = True
+    with pytest.raises(EquipoiseError, match=message):
+        attach(model, *terms, **options)
+    assert model.config.output_router_logits
+    attach(model, Loss("switch")).detach()
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(EquipoiseError, match="no router to balance"):
+        attach(nn.Sequential(nn.Linear(2, 2)), Loss("switch"))
+
+
+def test_two_handles_on_one_model_are_refused_and_the_first_goes_on() -> None:
+    handle = attach(mixtral(), Loss("switch"))
+    with pytest.raises(RoutingError, match="detach"):
+        attach(handle.model, Loss("z"))
+    backward(handle)
+    handle.step()
+    assert handle.book.step == 1
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def test_a_wrong_number_of_micro_batches_is_an_error() -> None:
+    handle = attach(mixtral(), Loss("switch"), accumulation=2)
+    backward(handle)
+    with pytest.raises(EquipoiseError, match=r"1 micro-batches were seen .* accumulation=2"):
+        handle.step()
+    backward(handle)
+    handle.step()
+    assert handle.tokens() == [8 * LENGTH] * 2
+
+
+def test_a_step_without_a_token_is_none() -> None:
+    handle = attach(mixtral(), Loss("switch"), Bias(Sign()))
+    handle.step()
+    assert handle.book.step == 0
+    assert handle.metrics() == {}
+    assert handle.tokens() == [0, 0]
+    assert not torch.stack(handle.bias()).any()
+
+
+def test_the_optimizers_step_ends_the_step_whether_given_early_or_late() -> None:
+    biases = []
+    for early in (True, False):
+        model = mixtral()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = attach(model, Bias(Sign(rate=0.1)), optimizer=optimizer if early else None)
+        if not early:
+            handle.drive_with(optimizer)
+        assert handle.optimizer is optimizer
+        backward(handle)
+        optimizer.step()
+        assert handle.book.step == 1
+        biases.append(torch.stack(handle.bias()))
+        handle.detach()
+        backward(handle)
+        optimizer.step()
+        assert handle.book.step == 1
+    assert biases[0].any()
+    assert torch.equal(*biases)
+
+
+def test_discarded_micro_batches_leave_no_trace() -> None:
+    counts = []
+    for interrupted in (False, True):
+        handle = attach(mixtral(), Loss("switch", weight=1.0), Bias(Sign()))
+        if interrupted:
+            backward(handle, 3)
+            handle.discard()
+            handle.model.zero_grad()
+        backward(handle)
+        handle.step()
+        gradient = handle.model.model.layers[0].mlp.gate.weight.grad
+        counts.append(torch.cat([gradient.flatten(), *handle.counts(), *handle.bias()]))
+        assert handle.tokens() == [4 * LENGTH] * 2
+    assert torch.equal(*counts)
+
+
+def test_binding_within_a_step_is_refused() -> None:
+    handle = attach(mixtral(), Loss("switch"))
+    handle.bind()
+    backward(handle)
+    with pytest.raises(EquipoiseError, match="1 micro-batches of a step are under way"):
+        handle.bind()
+
+
+def test_the_selections_sum_to_tokens_times_k() -> None:
+    handle = attach(deepseek(), Loss("switch"))
+    backward(handle)
+    handle.step()
+    assert [int(c.sum()) for c in handle.counts()] == [2 * n for n in handle.tokens()]
+
+
+# -- metrics --------------------------------------------------------------------------------------
+
+
+def test_metrics_have_their_names_in_every_layer() -> None:
+    handle = attach(deepseek(), Loss("switch", weight=0.1), Loss("z"), Bias(Sign()))
+    for number in range(2):
+        backward(handle, number)
+        handle.step()
+    found = handle.metrics()
+    extra = ("loss/switch_global", "loss/z_global", "bias_min", "bias_max", "bias_mean")
+    for name in (*NAMES, *extra):
+        layers = [found[f"balance/layer_{layer}/{name}"] for layer in (0, 1)]
+        assert found[f"balance/{name}"] == pytest.approx(sum(layers) / 2), name
+    assert found["balance/step"] == 2
+    assert all(type(value) is float for value in found.values())
+
+
+def test_every_metric_stands_in_the_docs() -> None:
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs" / "balance.md").read_text()
+    for name in (*NAMES, "bias_min", "bias_max", "bias_mean", "loss/<name>", "step"):
+        assert f"`{name}`" in page, name
+
+
+# -- saving and undoing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: attach(deepseek(), Loss("switch")), "controller"),
+        (lambda: attach(mixtral(), Loss("z"), Bias(Sign())), "losses"),
+        (
+            lambda: attach(
+                mixtral(), Loss("switch"), Bias(Sign()), layers=lambda site: site.layer == 0
+            ),
+            "of 2 MoE layers, this model has 1",
+        ),
+    ],
+    ids=["controller", "losses", "layers"],
+)
+def test_a_state_of_other_terms_or_layers_is_refused(other: Any, message: str) -> None:
+    saved = attach(mixtral(), Loss("switch"), Bias(Sign())).state_dict()
+    handle = other()
+    before = handle.state_dict()
+    with pytest.raises(EquipoiseError, match=message):
+        handle.load_state_dict(saved)
+    assert str(before) == str(handle.state_dict())
+
+
+def test_no_state_is_saved_within_a_step() -> None:
+    handle = attach(mixtral(), Loss("switch"))
+    backward(handle)
+    with pytest.raises(EquipoiseError, match="1 micro-batches of a step are under way"):
+        handle.state_dict()
+
+
+def test_the_with_block_gives_the_model_back() -> None:
+    model, plain = mixtral().train(), mixtral().train()
+    model.config.output_router_logits = plain.config.output_router_logits = True
+    with attach(model, Loss("switch", weight=1.0), Bias(Sign(rate=0.5))) as handle:
+        backward(handle)
+        handle.step()
+    model.zero_grad()
+    for one in (model, plain):
+        one(**batch()).loss.backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    assert set(model.state_dict()) == set(plain.state_dict())
