@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread a process, as many processes as cores; the tests of a file stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: help demo test check format clean
 
@@ -23,13 +25,13 @@ demo: $(VENV)/.ready
 	$(BIN)/equipoise report build/demo.trace -o report.html --force
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not distributed"
+	$(PYTEST) -q -m "not gpu and not slow and not distributed"
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

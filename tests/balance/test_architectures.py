@@ -20,6 +20,7 @@ from equipoise.models.scan import Scan
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny import architectures, build, inputs_for, randomise_routing, record, selected_TE
 
+pytestmark = pytest.mark.slow
 REFUSED = {"nllb_moe", "vitpose_backbone"}
 COVERED = [arch for arch in architectures() if arch not in REFUSED]
 NO_LOSS = {"doge": "product keys"}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from equipoise.balance import Bias, Handle, Loss, Sign, attach
 from equipoise.balance.measures import NAMES
@@ -209,3 +210,42 @@ def test_the_with_block_gives_the_model_back() -> None:
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
     assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def test_a_weight_in_transformers_convention_gives_the_gradient_of_its_own_loss() -> None:
+    """One layer, where pooling over layers changes nothing: K times ours."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        router_aux_loss_coef=0.02,
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).train()
+    ids = torch.randint(0, 64, (2, 32))
+    gate = model.model.layers[0].mlp.gate.weight
+
+    def gradient(**extra: bool) -> Tensor:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, **extra).loss.backward()
+        assert gate.grad is not None
+        return gate.grad.clone()
+
+    plain = gradient()
+    theirs = gradient(output_router_logits=True) - plain
+    with attach(model, Loss("switch", weight=0.02, convention="transformers")):
+        ours = gradient() - plain
+    assert torch.allclose(ours, theirs, atol=1e-7)
+    assert theirs.abs().max() > 1e-5
+
+
+def test_conventions_are_refused_where_they_mean_nothing() -> None:
+    with pytest.raises(EquipoiseError, match="transformers"):
+        Loss("switch", convention="transfomers")
+    with pytest.raises(EquipoiseError, match="switch loss only"):
+        Loss("z", convention="transformers")

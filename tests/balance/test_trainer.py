@@ -28,6 +28,7 @@ from equipoise.balance import (
     BalanceCallback,
     Bias,
     Handle,
+    Lifecycle,
     Loss,
     QuantileHistogram,
     Sign,
@@ -613,3 +614,15 @@ torch.distributed.destroy_process_group()
         torch.testing.assert_close(found["router"], one["router"], rtol=1e-5, atol=1e-7)
     checkpoint = tmp_path / "two" / "checkpoint-2"
     assert {f.name for f in checkpoint.glob("balance*")} == {"balance.pt", "balance_1.pt"}
+
+
+def test_the_trainers_optimizer_is_known_to_a_life_cycle(tmp_path: Path) -> None:
+    """Reviving needs the optimizer's state, which attach() was not given."""
+    model = deepseek()
+    dead = model.model.layers[0].mlp.gate.e_score_correction_bias
+    dead[0] = -9.0
+    handle = attach(model, Lifecycle(patience=2))
+    trainer(model, arguments(tmp_path), BalanceCallback(handle)).train()
+    revived = [event for event in handle.events if event.what == "revived"]
+    assert [(event.layer, event.expert) for event in revived][:1] == [(0, 0)]
+    assert handle.counts()[0][0] > 0

@@ -111,6 +111,7 @@ class Handle:
             accumulation=accumulation,
             mean=reduction == "mean",
             paths=[site.path for site in self.sites],
+            top_ks=[site.top_k for site in self.sites],
         )
         self.book.keep_passes = bias is not None and bias.scope == "micro"
         self.book.scaler = scaler
@@ -131,6 +132,8 @@ class Handle:
         """attach() was told that this process shares its batch with no other."""
         self.optimizer: torch.optim.Optimizer | None = None
         """Its `step()` ends balancing steps."""
+        self.trained_by: torch.optim.Optimizer | None = None
+        """Holds the state of the model's parameters, whoever ends the steps."""
         if optimizer is not None:
             self.drive_with(optimizer)
 
@@ -164,7 +167,7 @@ class Handle:
             self._undo.append(part.detach)
         if self.courses is not None:
             alive = weakref.ref(self)
-            self.courses.begin(self.biases, lambda: getattr(alive(), "optimizer", None))
+            self.courses.begin(self.biases, lambda: getattr(alive(), "trained_by", None))
         for layer, site in zip(self.layers, self.sites, strict=True):
             self._undo.append(site.steer(layer).remove)
         roots = _Roots(self.model, self.book)
@@ -184,7 +187,7 @@ class Handle:
         """Let `optimizer.step()` end balancing steps, as if it had been given to attach()."""
         hook = optimizer.register_step_pre_hook(_ends_step(self))
         self._undo.append(hook.remove)
-        self.optimizer = optimizer
+        self.optimizer = self.trained_by = optimizer
 
     def bind(self, *, group: Any = None, scaler: Any = None) -> None:
         """Say between steps what attach() could not know yet: the process group, the GradScaler."""

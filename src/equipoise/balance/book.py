@@ -39,6 +39,7 @@ class Book:
         accumulation: int,
         mean: bool,
         paths: Sequence[str],
+        top_ks: Sequence[int],
     ) -> None:
         self.banks, self.losses = tuple(banks), tuple(losses)
         self.scopes = [scope_of(loss) for loss in losses]
@@ -51,6 +52,7 @@ class Book:
             for t, loss in enumerate(losses)
             for bank in banks
         }
+        self.factors = [self._factor(loss, paths, top_ks) for loss in losses]
         self.layout = Layout(banks, [*statistics, *self._statistics()])
         self.synced = any(scope.synced for scope in self.scopes)
         self.layers: list[Layer] = []
@@ -197,7 +199,23 @@ class Book:
         """The weight of a loss at one layer in one step."""
         if term in self.weights:
             return self.weights[term][layer]
-        return self.losses[term].weight_at(step)
+        return self.losses[term].weight_at(step) * self.factors[term]
+
+    def _factor(self, loss: Loss, paths: Sequence[str], top_ks: Sequence[int]) -> float:
+        """From the convention of a loss to ours; one model has one, so its layers must be alike."""
+        if loss.convention == "equipoise":
+            return 1.0
+        shapes = {(bank.num_experts, top_ks[i]) for bank in self.banks for i in bank.layers}
+        if len(shapes) > 1:
+            raise EquipoiseError(
+                f"Loss({loss.name!r}): convention={loss.convention!r} has no single factor for "
+                f"layers of (experts, top-k) {sorted(shapes)}; {paths[0]} and others differ. Use "
+                "conventions.convert and layers=, one attach for each kind."
+            )
+        (experts, top_k) = shapes.pop()
+        return loss.factor(
+            top_k=top_k, num_layers=self.num_layers, num_experts=experts, ranks=self.ranks
+        )
 
     def whole(self) -> bool:
         """Whether the step saw its micro-batches; with a GradScaler that skipped steps, several."""

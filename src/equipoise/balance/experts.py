@@ -132,7 +132,7 @@ def check_optimizer(rows: Sequence[Rows], optimizer: torch.optim.Optimizer | Non
     if optimizer is None:
         raise EquipoiseError(
             "Lifecycle: an expert is to be revived, and its optimizer state with it, but no "
-            "optimizer is known. Give attach() optimizer=, or call handle.drive_with(optimizer)."
+            "optimizer is known. Give attach() optimizer=, or set handle.trained_by = optimizer."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for row in _distinct(rows):

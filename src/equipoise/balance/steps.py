@@ -51,7 +51,7 @@ class Steps:
         for term, loss in enumerate(book.losses):
             if loss.controller is not None:
                 book.weights[term] = torch.full(
-                    (book.num_layers,), loss.weight_at(0), device=book.device
+                    (book.num_layers,), loss.weight_at(0) * book.factors[term], device=book.device
                 )
 
     def observe(self, layer: Layer, scores_TE: Tensor, valid_T: Tensor | None) -> None:

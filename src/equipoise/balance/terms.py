@@ -11,8 +11,9 @@ from torch import Tensor
 
 from equipoise.balance import catalogue
 from equipoise.balance.catalogue import Objective
+from equipoise.balance.conventions import CONVENTIONS, convert
 from equipoise.balance.scopes import Scope, named
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, nearest
 
 Count = Literal["selected", "unbiased", "kept"]
 """Which selections make the load: those that were made, those of the scores without the selection
@@ -49,6 +50,8 @@ class Loss:
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the objective needs besides: `groups=` of the group and communication losses, ..."""
     controller: WeightController | None = None
+    convention: str = "equipoise"
+    """Whose normalisation `weight` is given in: see `conventions.CONVENTIONS`."""
     name: str = ""
     """In metrics and checkpoints; by default objective and scope."""
 
@@ -75,9 +78,30 @@ class Loss:
                 f"Loss({objective.name!r}, {scope.name!r}): count={self.count!r} is not to be had "
                 "with the communication loss or scope='subset'; they count what was selected."
             )
+        if self.convention not in CONVENTIONS:
+            raise EquipoiseError(
+                f"Loss({objective.name!r}): convention={self.convention!r} is not one of "
+                f"{', '.join(CONVENTIONS)}.{nearest(self.convention, CONVENTIONS)}"
+            )
+        if self.convention != "equipoise" and objective.name != "switch":
+            raise EquipoiseError(
+                f"Loss({objective.name!r}): convention={self.convention!r} converts weights of the "
+                "switch loss only; give this one in ours."
+            )
         if not self.name:
             kind = "" if self.count == "selected" else f"_{self.count}"
             object.__setattr__(self, "name", f"{objective.name}_{scope.name}{kind}")
+
+    def factor(self, *, top_k: int, num_layers: int, num_experts: int, ranks: int) -> float:
+        """What turns `weight` into ours, for a model of this shape."""
+        return convert(
+            1.0,
+            self.convention,
+            top_k=top_k,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            world_size=ranks,
+        )
 
     def weight_at(self, step: int) -> float:
         """The weight of one optimizer step."""

@@ -63,7 +63,7 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
         self.handle.discard()
         scaler = getattr(optimizer, "scaler", None)
         self.handle.bind(group=_group(self.handle, args), scaler=scaler)
-        inner = _inner(optimizer)
+        inner = self.handle.trained_by = _inner(optimizer)
         if scaler is not None and self.handle.optimizer is not inner:
             # A step that the scaler skips is no step: the optimizer itself has to say.
             self.handle.drive_with(inner)
