@@ -16,7 +16,7 @@ Every figure is a ratio to a baseline in the same run, or stands beside what the
 absolute speeds vary with the machine, and on a shared one from minute to minute. Variants take turns in
 every round; figures are medians over rounds. Written by `python benchmarks/page.py`.
 
-Not measured yet: recording on a GPU.
+Not measured yet: anything on a GPU.
 """
 
 

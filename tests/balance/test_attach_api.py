@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from equipoise.balance import Bias, Handle, Loss, Sign, attach
+from equipoise.balance import Bias, Handle, Loss, Sign, attach, objectives
 from equipoise.balance.measures import NAMES
 from equipoise.errors import EquipoiseError, RoutingError
 
@@ -249,3 +252,130 @@ def test_conventions_are_refused_where_they_mean_nothing() -> None:
         Loss("switch", convention="transfomers")
     with pytest.raises(EquipoiseError, match="switch loss only"):
         Loss("z", convention="transformers")
+
+
+def test_a_detached_handle_and_its_optimizer_go_with_their_last_user() -> None:
+    gc.disable()
+    try:
+        model = mixtral()
+        optimizer = torch.optim.AdamW(model.parameters())
+        handle = attach(model, Loss("switch"), Bias(Sign()), optimizer=optimizer)
+        backward(handle)
+        optimizer.step()
+        handle.detach()
+        kept = weakref.ref(handle), weakref.ref(optimizer)
+        del handle, optimizer
+        assert [ref() for ref in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_what_batch_says_has_to_fit_what_the_model_is_called_with() -> None:
+    model = mixtral().train()
+    with attach(model, Loss("switch")) as handle:
+        with (
+            handle.batch(valid=torch.ones(3, 3)),
+            pytest.raises(EquipoiseError, match=r"valid=...\) is \[3, 3\]"),
+        ):
+            model(**batch())
+        with pytest.raises(EquipoiseError, match="has to be a tensor"), handle.batch(valid=[[1]]):
+            pass
+
+
+@pytest.mark.parametrize("seen", [1, 3])
+def test_a_preview_holds_the_micro_batches_of_the_step(seen: int) -> None:
+    model = mixtral().train()
+    terms = Loss("switch", scope="exact")
+    with (
+        attach(model, terms, accumulation=2) as handle,
+        pytest.raises(EquipoiseError, match=f"{seen} micro-batches were run inside"),
+        handle.preview(),
+        torch.no_grad(),
+    ):
+        for number in range(seen):
+            model(**batch(number))
+
+
+def test_a_number_of_tokens_that_was_not_seen_is_refused_before_the_optimizer_moves() -> None:
+    model = mixtral()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with attach(model, Loss("switch"), optimizer=optimizer) as handle:
+        handle.expect(tokens=10)
+        backward(handle)
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        with pytest.raises(EquipoiseError, match=f"{4 * LENGTH} valid tokens were seen"):
+            optimizer.step()
+        assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+        handle.expect(tokens=4 * LENGTH)
+        backward(handle)
+        optimizer.step()
+
+
+def test_steps_that_never_end_are_noticed_at_the_next_micro_batch() -> None:
+    model = mixtral()
+    with attach(model, Loss("switch")) as handle:
+        backward(handle)
+        with pytest.raises(EquipoiseError, match="Micro-batch 2 of an optimizer step"):
+            backward(handle)
+        handle.discard()
+        backward(handle)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    other = torch.optim.SGD(mixtral().parameters(), lr=0.1)
+    with pytest.raises(EquipoiseError, match="no parameter of this model"):
+        attach(mixtral(), Loss("switch"), optimizer=other)
+
+
+def test_a_config_saved_while_attached_keeps_the_models_own_coefficient(tmp_path: Path) -> None:
+    model = mixtral()
+    model.config.output_router_logits = True
+    wanted = model.config.router_aux_loss_coef
+    assert wanted > 0
+    with attach(model, Loss("switch")):
+        model.save_pretrained(tmp_path)
+    saved = MixtralConfig.from_pretrained(tmp_path)
+    assert saved.router_aux_loss_coef == wanted
+    assert saved.output_router_logits
+
+
+def test_a_loss_on_the_routers_weight_is_measured_and_has_nothing_to_check() -> None:
+    model = mixtral()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with attach(model, Loss("router_orthogonality"), optimizer=optimizer) as handle:
+        backward(handle)
+        optimizer.step()
+        weight = model.model.layers[0].mlp.gate.weight.detach()
+        value = objectives.router_orthogonality(weight_ED=weight)
+        name = "balance/layer_0/loss/router_orthogonality_global"
+        assert handle.metrics()[name] == pytest.approx(float(value), rel=1e-5)
+        with pytest.raises(EquipoiseError, match="about the backward pass"):
+            handle.check(**batch())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Loss("switch", weight="0.1"), "neither a number nor a schedule"),
+        (lambda: Loss("switch", controller=Sign()), "steers a bias"),
+        (lambda: Loss("router_orthogonality", options={"kind": "erni"}), "ernie, simbal"),
+        (lambda: Bias(Sign), "a controller with update"),
+        (lambda: attach(mixtral(), Loss("switch"), accumulation=1.5), "a whole number"),
+        (lambda: attach(mixtral(), Loss("switch"), layers=[0]), "is not callable"),
+        (lambda: attach(mixtral(), Loss("switch"), optimizer="adamw"), "no torch.optim.Optimizer"),
+        (lambda: attach("mixtral", Loss("switch")), "str is no model"),
+    ],
+)
+def test_things_of_the_wrong_kind_are_refused_in_words(make: Any, message: str) -> None:
+    with pytest.raises(EquipoiseError, match=message):
+        make()
+
+
+def test_a_broken_state_is_refused_before_anything_changes() -> None:
+    handle = attach(mixtral(), Bias(Sign()))
+    state = handle.state_dict()
+    state["biases"][0][0] = float("nan")
+    with pytest.raises(EquipoiseError, match="not finite"):
+        handle.load_state_dict(state)
+    with pytest.raises(EquipoiseError, match="losses missing"):
+        handle.load_state_dict({k: v for k, v in state.items() if k != "losses"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -95,3 +97,20 @@ def test_soft_mixtures_are_refused_by_name() -> None:
     model = nn.Sequential(enn.SoftMoE(WIDTH, enn.Experts(EXPERTS, WIDTH, 32)))
     with pytest.raises(RoutingError, match="nothing is selected"):
         discover(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: enn.ExpertChoiceRouter(WIDTH, EXPERTS, 2),
+        lambda: enn.ReLURouter(WIDTH, EXPERTS, 2),
+    ],
+)
+def test_a_bias_is_refused_where_it_could_not_act(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(RoutingError, match="no selection bias can act here"):
+        attach(Stack(router=make), Bias(Sign()))
+
+
+def test_a_layer_refuses_hidden_states_of_another_width() -> None:
+    with pytest.raises(ValueError, match=r"takes floating numbers \[..., 16\]"):
+        enn.MoELayer(WIDTH, 32, EXPERTS, 2)(torch.randn(4, 8))

@@ -18,6 +18,7 @@ from equipoise.balance.biases import LayerBias
 from equipoise.balance.book import Book
 from equipoise.balance.capacities import Capacities
 from equipoise.balance.courses import Courses
+from equipoise.balance.frameworks import SWITCH
 from equipoise.balance.layers import Layer
 from equipoise.balance.lifecycle import Event, Lifecycle
 from equipoise.balance.measures import Measures
@@ -90,11 +91,10 @@ class Handle:
         layers: Callable[[RouterSite], bool] | None,
         scaler: Any,
     ) -> None:
+        _check_arguments(model, optimizer, accumulation, layers)
         losses, bias = _sorted_terms(terms)
         if reduction not in ("mean", "sum"):
             raise EquipoiseError(f"reduction={reduction!r} is not one of mean, sum.")
-        if accumulation < 1:
-            raise EquipoiseError(f"accumulation={accumulation}: at least one micro-batch a step.")
         self.model = model
         self.sites = _sites(model, layers)
         scan = Scan(model)
@@ -212,8 +212,7 @@ class Handle:
 
     @accumulation.setter
     def accumulation(self, value: int) -> None:
-        if value < 1:
-            raise EquipoiseError(f"accumulation={value}: at least one micro-batch a step.")
+        _check_accumulation(value)
         self.book.accumulation = value
 
     @contextmanager
@@ -233,10 +232,15 @@ class Handle:
     ) -> Iterator[None]:
         """Say of the forward passes inside which rows are tokens, and which sequence each is of.
 
-        valid: [B, S], True or 1 on tokens; taken from `attention_mask` where the model is given one.
+        valid: [B, S], True or 1 on tokens; goes before the `attention_mask` that the model is given,
+            which is taken where nothing is said here.
         segment_ids: [B, S] integers, distinct for the sequences packed into one micro-batch.
         """
+        for name, given in (("valid", valid), ("segment_ids", segment_ids)):
+            if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
+                raise EquipoiseError(f"batch(): {name} has to be a tensor [batch, sequence].")
         before, self.book.segments = self.book.segments, _dense(segment_ids)
+        told, self.book.told = self.book.told, {"valid": valid, "segment_ids": segment_ids}
         try:
             if valid is None:
                 yield
@@ -244,16 +248,18 @@ class Handle:
                 with valid_tokens(valid):
                     yield
         finally:
-            self.book.segments = before
+            self.book.segments, self.book.told = before, told
 
     def expect(self, *, tokens: int) -> None:
         """Say how many valid tokens the step under way has, on all ranks and micro-batches.
 
         Then every token counts the same in losses of scope "group" and wider, however unevenly
-        padding spreads over micro-batches. Forgotten at the step's end.
+        padding spreads over micro-batches. Checked, and forgotten, at the step's end.
         """
-        if tokens < 1:
-            raise EquipoiseError(f"expect(tokens={tokens}): at least one token.")
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise EquipoiseError(
+                f"expect(tokens={tokens!r}): at least one token, as a whole number."
+            )
         self.book.tokens_expected = tokens
 
     # -- reading ------------------------------------------------------------------------------
@@ -311,6 +317,11 @@ class Handle:
             undo()
         self._undo.clear()
 
+    @property
+    def attached(self) -> bool:
+        """Whether the terms still act on the model."""
+        return bool(self._undo)
+
     def __enter__(self) -> Handle:
         return self
 
@@ -326,6 +337,35 @@ class Handle:
         return (
             f"Handle({len(self.sites)} MoE layers, {'/'.join(map(str, seen))} experts: "
             f"{', '.join(names)})"
+        )
+
+
+def _check_arguments(model: Any, optimizer: Any, accumulation: Any, layers: Any) -> None:
+    """EquipoiseError for what is of the wrong kind, before anything is looked at."""
+    if not isinstance(model, nn.Module):
+        raise EquipoiseError(f"attach: {type(model).__name__} is no model (torch.nn.Module).")
+    _check_accumulation(accumulation)
+    if layers is not None and not callable(layers):
+        raise EquipoiseError(
+            f"attach: layers={layers!r} is not callable; give a function of a site that says "
+            "whether to balance it, such as layers=lambda site: site.layer > 0."
+        )
+    if optimizer is None:
+        return
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise EquipoiseError(f"attach: optimizer={optimizer!r} is no torch.optim.Optimizer.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise EquipoiseError(
+            "attach: the optimizer holds no parameter of this model, so its step() would end steps "
+            "of another. Make it of model.parameters(), after wrapping the model."
+        )
+
+
+def _check_accumulation(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise EquipoiseError(
+            f"accumulation={value!r}: at least one micro-batch a step, as a whole number."
         )
 
 
@@ -467,6 +507,7 @@ class _Roots:
         self._open: list[Any] = []
         root = getattr(model, "module", model)
         root = getattr(root, "_orig_mod", root)
+        self._own_loss = bool(getattr(getattr(root, "config", None), SWITCH, False))
         self._names = tuple(inspect.signature(root.forward).parameters)
         self._handles = [
             root.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -474,10 +515,12 @@ class _Roots:
         ]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if in_backward():
-            return
+            return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._book.close()  # a pass before that left layers out ends here
+        _check_told(self._book.told, given)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._book.batch_rows = _rows_of(given, args)
@@ -486,6 +529,9 @@ class _Roots:
         context = valid_tokens(mask, unless_told=True)
         context.__enter__()
         self._open.append(context)
+        if self._own_loss and SWITCH in self._names and given.get(SWITCH) is None:
+            return args, {**kwargs, SWITCH: False}  # its own loss would count nothing
+        return None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, *_: Any) -> None:
@@ -496,6 +542,19 @@ class _Roots:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+def _check_told(told: dict[str, Tensor | None], given: dict[str, Any]) -> None:
+    """EquipoiseError where handle.batch() spoke of another shape than the model is called with."""
+    ids = given.get("input_ids", given.get("inputs_embeds"))
+    if not isinstance(ids, Tensor) or ids.ndim < 2:
+        return
+    for name, tensor in told.items():
+        if tensor is not None and tensor.shape != ids.shape[:2]:
+            raise EquipoiseError(
+                f"handle.batch({name}=...) is {list(tensor.shape)}, but the model was called with "
+                f"{list(ids.shape[:2])} tokens. Give one value for each token."
+            )
 
 
 def _rows_of(given: dict[str, Any], args: tuple[Any, ...]) -> int | None:

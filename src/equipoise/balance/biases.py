@@ -36,7 +36,7 @@ class LayerBias:
         multiply = acts == "multiply"
         found = None if multiply else own_bias(site, holders)
         if found is None:
-            refuse_without_selection(site)
+            refuse_without_selection(site, selecting)
             self.own = False
             width = site.num_experts + site.null_experts
             self.value_E = torch.full((width,), float(multiply), device=device)

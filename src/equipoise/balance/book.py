@@ -69,6 +69,8 @@ class Book:
         self.generators: dict[int, torch.Generator] = {}
         self._scratch: dict[Any, Tensor] = {}
         self.segments: Tensor | None = None
+        self.told: dict[str, Tensor | None] = {}
+        """What handle.batch() says of the passes inside."""
         self.passes = 0
         self._begin_step()
 
@@ -83,6 +85,7 @@ class Book:
         self._total = self.layout.empty(self.device)
         self._exact: Tensor | None = None
         self._previewed: Tensor | None = None
+        self._previews = 0
         self.tokens_expected = None
         for layer in self.layers:
             layer.forget()
@@ -132,21 +135,35 @@ class Book:
         self._passed.clear()
 
     def pass_for(self, layer: Layer) -> Pass:
-        """The pass that a layer is heard in: a new one begins where the order of layers does."""
+        """The pass that a layer is heard in: a new one where it was heard already."""
         current = self._current
-        if current is None or current.closed or layer.index <= current.last:
+        if current is None or current.closed or layer.index in current.heard:
             self.close()
+            self._refuse_one_more()
             current = self._current = Pass(
                 self.layout, self.layout.empty(self.device), self.previewing
             )
-        current.last = layer.index
+        current.heard.add(layer.index)
         return current
+
+    def _refuse_one_more(self) -> None:
+        """A step that never ends would weigh its losses wrongly: EquipoiseError at once."""
+        if self.previewing or not self.losses or self.scaler is not None:
+            return
+        if self.passes >= self.accumulation:
+            raise EquipoiseError(
+                f"Micro-batch {self.passes + 1} of an optimizer step begins, but accumulation="
+                f"{self.accumulation}. End each step: give attach() the optimizer, or call "
+                "handle.step() before its step, or use BalanceCallback; set accumulation= where a "
+                "step has more micro-batches; handle.discard() forgets those of a step that was "
+                "skipped."
+            )
 
     def heard(self, layer: Layer, record: Record, routing: Routing) -> None:
         """A layer was counted; after the last one the counts are sent to the other ranks."""
         if self._needs_segments:
             record.segment_T, record.num_segments = self._segments(record)
-        if layer.index == self.num_layers - 1:
+        if len(record.of.heard) == self.num_layers:
             self.close()
 
     def close(self) -> None:
@@ -157,6 +174,7 @@ class Book:
         current.closed = True
         self._current = None
         if current.preview:
+            self._previews += 1
             self._previewed = (
                 current.flat if self._previewed is None else self._previewed + current.flat
             )
@@ -283,7 +301,7 @@ class Book:
     def preview(self) -> Iterator[None]:
         """Count passes for the step to come, without training on them."""
         self.close()
-        self._previewed = None
+        self._previewed, self._previews = None, 0
         self.previewing = True
         try:
             yield
@@ -291,6 +309,11 @@ class Book:
         finally:
             self.previewing = False
             self._current = None
+        if self._previews != self.accumulation:
+            raise EquipoiseError(
+                f"preview(): {self._previews} micro-batches were run inside, but accumulation="
+                f"{self.accumulation}: a preview holds all micro-batches of the step to come, once."
+            )
         found = self._previewed if self._previewed is not None else self.layout.empty(self.device)
         self._previewed = None
         if self.group is not None and self.ranks > 1:

@@ -22,7 +22,7 @@ from equipoise.errors import EquipoiseError, nearest
 Kind = Literal["load", "token", "batch", "weight"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Objective:
     """A loss and what it is computed from.
 
@@ -44,6 +44,9 @@ class Objective:
     """The group of each expert, of objectives that count tokens sent to groups."""
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return f"Objective({self.name!r}, {self.kind!r})"
 
     @property
     def needs_prob(self) -> bool:
@@ -130,6 +133,10 @@ def find(objective: str | Objective, options: dict[str, Any]) -> Objective:
     for name in found.required:
         if name not in options:
             raise EquipoiseError(f"Loss({objective!r}) needs options={{{name!r}: ...}}.")
+    if options.get("kind") not in (None, "ernie", "simbal"):
+        raise EquipoiseError(
+            f"Loss({objective!r}): kind={options['kind']!r} is not one of ernie, simbal."
+        )
     if "groups" in options:
         return _grouped(found, options["groups"])
     return replace(found, value=partial(found.value, **options)) if options else found

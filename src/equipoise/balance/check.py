@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from equipoise.balance.layers import Layer
 from equipoise.balance.passes import groups_of
 from equipoise.balance.scopes import Exact, Global, Group, Micro, Previous
-from equipoise.balance.terms import objective_of, scope_of
+from equipoise.balance.terms import Loss, objective_of, scope_of
 from equipoise.errors import EquipoiseError
 from equipoise.routing import Routing
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from equipoise.balance.attach import Handle
 
 TOLERANCE = 1e-4
-"""Largest difference allowed, relative to the largest entry of the formula's gradient."""
+"""Largest difference allowed, relative to the largest entry of the formula's gradient ..."""
+EPSILONS = 4.0
+"""... or so many roundings of the model's parameters, where they are coarser."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ def check(handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]) -> Repor
     """See `Handle.check`; on every rank at once where several share a batch."""
     if not handle.book.losses:
         raise EquipoiseError("check(): no Loss is attached, so there is no gradient to check.")
+    if not handle.attached:
+        raise EquipoiseError("check(): the handle is detached; attach() again to check.")
+    if all(objective_of(loss).kind == "weight" for loss in handle.book.losses):
+        raise EquipoiseError(
+            "check() is about the backward pass; a loss on the router's weight adds its gradient "
+            "at the step's end."
+        )
     if not args and not batch:
         raise EquipoiseError("check() needs a batch of the model: handle.check(**batch).")
     for loss in handle.book.losses:
@@ -65,12 +74,23 @@ def check(handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]) -> Repor
                 f"check(): scope {scope.name!r} of {loss.name} depends on more than one "
                 "batch; check the loss with scope='global'."
             )
+    if all(_asks_nothing_yet(handle, loss) for loss in handle.book.losses):
+        raise EquipoiseError(
+            "check(): scope 'previous' asks for nothing in the first step; check after it."
+        )
     with _undisturbed(handle):
         drawn = torch.get_rng_state()  # routers that draw at random have to draw the same twice
         ours = _added(handle, args, batch)
         torch.set_rng_state(drawn)
         formula = _formula(handle, args, batch)
     return _compare(handle, ours, formula)
+
+
+def _asks_nothing_yet(handle: Handle, loss: Loss) -> bool:
+    """The load of the step before is taken as uniform in the first step: no gradient."""
+    objective = objective_of(loss)
+    linear = objective.kind == "load" and not objective.needs_prob
+    return linear and isinstance(scope_of(loss), Previous) and handle.book.step == 0
 
 
 def _compare(handle: Handle, ours: dict[str, Tensor], formula: dict[str, Tensor]) -> Report:
@@ -85,7 +105,8 @@ def _compare(handle: Handle, ours: dict[str, Tensor], formula: dict[str, Tensor]
         difference = float((found - wanted).abs().max()) / largest if found.numel() else 0.0
         worst = max(worst, difference)
         untouched += int(not bool(wanted.any()) and not bool(found.any()))
-        if not difference <= TOLERANCE:
+        coarse = torch.finfo(_parameters(handle)[name].dtype).eps
+        if not difference <= max(TOLERANCE, EPSILONS * coarse):
             raise EquipoiseError(
                 f"check(): {name} gets a balancing gradient of norm {float(found.norm()):.3e}, the "
                 f"formula says {float(wanted.norm()):.3e} (largest difference {difference:.1e} of "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-SWITCHES = ("output_router_logits",)
-"""Config flags that make a model compute a balancing loss and add it to its own."""
+SWITCH = "output_router_logits"
+"""The flag that makes a model compute a balancing loss and add it to its own."""
 COEFFICIENTS = (
     "router_aux_loss_coef",
     "aux_loss_coef",
@@ -21,17 +21,24 @@ COEFFICIENTS = (
 
 
 def switch_off(model: nn.Module) -> Callable[[], None]:
-    """Set flags to False and weights to 0, wherever a module or config has them; returns the undo.
+    """Set the weights of the model's own balancing losses to 0; returns the undo.
 
-    The weights too, because a caller may ask for router logits in the call itself.
+    On its modules, which take them from the config when they are made; in the config itself, which
+    checkpoints hold, only where no module has one. The flag is left to callers: it only costs time.
     """
     changed: list[tuple[Any, str, Any]] = []
-    for owner in _owners(model):
-        for name in (*SWITCHES, *COEFFICIENTS):
-            value = vars(owner).get(name)
-            if isinstance(value, bool | int | float) and value:
-                changed.append((owner, name, value))
-                setattr(owner, name, type(value)(0))
+
+    def zero(owners: Iterable[Any]) -> None:
+        for owner in owners:
+            for name in COEFFICIENTS:
+                value = vars(owner).get(name)
+                if isinstance(value, int | float) and not isinstance(value, bool) and value:
+                    changed.append((owner, name, value))
+                    setattr(owner, name, type(value)(0))
+
+    zero(model.modules())
+    if not changed:
+        zero(_configs_of(model))
 
     def undo() -> None:
         for owner, name, value in changed:
@@ -40,12 +47,10 @@ def switch_off(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _owners(model: nn.Module) -> Iterator[Any]:
+def _configs_of(model: nn.Module) -> Iterator[Any]:
     seen: set[int] = set()
     for module in model.modules():
-        yield module
-        config = getattr(module, "config", None)
-        for part in _configs(config):
+        for part in _configs(getattr(module, "config", None)):
             if id(part) not in seen:
                 seen.add(id(part))
                 yield part

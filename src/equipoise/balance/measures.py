@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +38,8 @@ class Measures:
     """The figures of the last step; counts are of all ranks, the rest of this one."""
 
     def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+        # Weak, so that a handle goes with its last user, and the optimizer that it knows with it.
+        self._handle = weakref.proxy(handle)
         self._flat: Tensor | None = None
         self._before: Tensor | None = None
         self._meters: dict[str, Tensor | int | dict[int, Tensor]] = {}

@@ -99,8 +99,8 @@ class Pass:
     flat: Tensor
     """Counts of this rank."""
     preview: bool = False
-    last: int = -1
-    """The layer heard last: a pass hears its layers in order, each once."""
+    heard: set[int] = field(default_factory=set)
+    """Layers heard so far: each once in a pass, in whatever order."""
     closed: bool = False
     work: Any = None
     """The collective under way."""

@@ -46,7 +46,13 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
         raise EquipoiseError(
             f"load_state_dict: a balance state of version {VERSION} is needed, this is {seen!r}."
         )
+    missing = sorted(_KEYS - state.keys())
+    if missing:
+        raise EquipoiseError(
+            f"load_state_dict: {', '.join(missing)} missing; this is not a whole balance state."
+        )
     _same_layers(handle, state["layers"])
+    _finite_biases(handle, state["biases"])
     for name, here in (
         ("losses", [loss.name for loss in handle.book.losses]),
         ("controller", _controller(handle)),
@@ -72,6 +78,25 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
     steps.last = None if state["last"] is None else state["last"].to(device)
     for seed, generator in state["generators"]:
         book.generator(seed).set_state(generator)
+
+
+_KEYS = {"layers", "losses", "controller", "step", "biases", "controllers", "scopes", "weights"} | {
+    "weight_controllers",
+    "last",
+    "generators",
+}
+
+
+def _finite_biases(handle: Handle, saved: list[Tensor]) -> None:
+    """Minus infinity is an expert out of selection; NaN and the rest are a broken file."""
+    for site, bias in zip(handle.sites, saved, strict=False):
+        broken = bool((bias.isnan() | bias.isposinf()).any())
+        if broken or len(bias) != site.num_experts:
+            seen = "not finite" if broken else f"of {len(bias)} experts"
+            raise EquipoiseError(
+                f"load_state_dict: the saved selection bias of {site.path} is {seen}; the layer has "
+                f"{site.num_experts} experts. The state is broken."
+            )
 
 
 def _same_layers(handle: Handle, saved: list[list[Any]]) -> None:

@@ -77,12 +77,15 @@ class Steps:
             raise EquipoiseError(
                 f"{book.passes} micro-batches were seen in this optimizer step, but accumulation="
                 f"{book.accumulation}: the losses would be weighted wrongly. Give attach() the "
-                "number of micro-batches per step (or set handle.accumulation before the step)."
+                "number of micro-batches per step, or set handle.accumulation before the step; "
+                "handle.discard() forgets those of a step that was skipped."
             )
         flat = book.counted()
+        self._refuse_other_tokens(flat)
         book.value_passes()
         self._refuse_nonsense()
         passes, step = book.kept, book.step
+        self._on_router_weights(step)
         book.end_step(flat)
         measures.take(flat)
         self.last = flat
@@ -94,10 +97,24 @@ class Steps:
         for term, loss in enumerate(book.losses):
             if loss.controller is not None:
                 self._steer_weight(term, loss.controller, measures, step)
-        self._on_router_weights(step)
         counts = self.counts() if self.parts else []
         for part in self.parts:
             part.after(counts, step)
+
+    def _refuse_other_tokens(self, flat: Tensor) -> None:
+        """EquipoiseError where handle.expect() spoke of another number of tokens."""
+        book = self.book
+        if book.tokens_expected is None:
+            return
+        seen = max(int(book.layout.tokens(flat, bank.index).max()) for bank in book.banks)
+        expected = book.tokens_expected
+        if seen != expected:
+            self._forget()
+            raise EquipoiseError(
+                f"expect(tokens={expected}): {seen} valid tokens were seen in the step, so its "
+                "losses were weighted wrongly. Count those that are not padding, on all ranks and "
+                "micro-batches. The step is forgotten."
+            )
 
     def _refuse_nonsense(self) -> None:
         """EquipoiseError naming the layer whose scores were not finite, before anything moves.

@@ -35,7 +35,7 @@ class WeightController(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loss:
     """A balancing loss: its gradient is added to the routers', the model's own loss is untouched.
 
@@ -60,6 +60,16 @@ class Loss:
         scope = named(self.scope)
         object.__setattr__(self, "objective", objective)
         object.__setattr__(self, "scope", scope)
+        if not callable(self.weight) and not isinstance(self.weight, int | float):
+            raise EquipoiseError(
+                f"Loss({objective.name!r}): weight={self.weight!r} is neither a number nor a "
+                "schedule (a function of the step)."
+            )
+        if self.controller is not None and not hasattr(self.controller, "measure"):
+            raise EquipoiseError(
+                f"Loss({objective.name!r}): controller={self.controller!r} steers a bias; the "
+                "weight of a loss is steered by TargetMaxVio or DropRate."
+            )
         if not callable(self.weight) and not (
             math.isfinite(self.weight) and (self.weight >= 0 or objective.signed)
         ):
@@ -70,6 +80,7 @@ class Loss:
         if self.count not in COUNTS:
             raise EquipoiseError(
                 f"Loss({objective.name!r}): count={self.count!r} is not one of {', '.join(COUNTS)}."
+                f"{nearest(str(self.count), COUNTS)}"
             )
         if self.count != "selected" and (
             objective.name == "communication" or scope.name == "subset"
@@ -91,6 +102,11 @@ class Loss:
         if not self.name:
             kind = "" if self.count == "selected" else f"_{self.count}"
             object.__setattr__(self, "name", f"{objective.name}_{scope.name}{kind}")
+
+    def __repr__(self) -> str:
+        weight = "a schedule" if callable(self.weight) else self.weight
+        objective, scope = objective_of(self).name, scope_of(self).name
+        return f"Loss({objective!r}, scope={scope!r}, weight={weight})"
 
     def factor(self, *, top_k: int, num_layers: int, num_experts: int, ranks: int) -> float:
         """What turns `weight` into ours, for a model of this shape."""
@@ -133,7 +149,9 @@ class Bias:
     scope: Literal["global", "micro"] = "global"
 
     def __post_init__(self) -> None:
-        if not callable(getattr(self.controller, "update", None)):
+        if isinstance(self.controller, type) or not callable(
+            getattr(self.controller, "update", None)
+        ):
             raise EquipoiseError(
                 f"Bias({self.controller!r}): a controller with update() is needed, such as "
                 "Sign(rate=1e-3)."

@@ -25,8 +25,10 @@ NO_BIAS = {
     "doge": "product keys choose pairs of halves, not experts",
     "phimoe": "SparseMixer draws its experts at random, by logits",
     "hash": "experts are looked up in a table",
+    "Assignment": "tokens are assigned to experts in equal parts",
+    "Random": "experts are drawn at random",
 }
-"""Families and score functions whose selection takes no bias, and why."""
+"""Families, score functions and parts of a router whose selection takes no bias, and why."""
 
 
 class _BiasedTopK(TorchFunctionMode):
@@ -125,11 +127,14 @@ def _function(site: RouterSite) -> str | None:
     return "probabilities" if site.score_function == "softmax" else None
 
 
-def refuse_without_selection(site: RouterSite) -> None:
+def refuse_without_selection(site: RouterSite, router: nn.Module) -> None:
     """Raise RoutingError for a site whose selection can take no bias."""
-    for name in (site.family, site.score_function):
-        if name in NO_BIAS:
-            raise RoutingError(
-                f"{site.path} ({site.family}): no selection bias can act here: {NO_BIAS[name]}. "
-                "Leave the layer out with layers=, or use a Loss."
-            )
+    by = type(getattr(router, "selection", None)).__name__
+    reason = NO_BIAS.get(site.family) or NO_BIAS.get(site.score_function) or NO_BIAS.get(by)
+    if site.variable_top_k:
+        reason = "its router does not pick the top-k experts of each token"
+    if reason:
+        raise RoutingError(
+            f"{site.path} ({site.family}): no selection bias can act here: {reason}. "
+            "Leave the layer out with layers=, or use a Loss."
+        )

@@ -80,6 +80,11 @@ class MoELayer(nn.Module):
 
         Padding takes no room under a capacity and is otherwise routed like any token.
         """
+        if hidden_BSD.shape[-1] != self.hidden_size or not hidden_BSD.is_floating_point():
+            raise ValueError(
+                f"hidden states of shape {list(hidden_BSD.shape)}, {hidden_BSD.dtype}; this layer "
+                f"takes floating numbers [..., {self.hidden_size}]"
+            )
         hidden_TD = hidden_BSD.reshape(-1, self.hidden_size)
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         scores_TE, weights_TK, ids_TK = self.gate(hidden_TD)

@@ -40,7 +40,7 @@ class TopKRouter(Router):
     which are then also what the selection bias is added to; "equal", 1 / K each.
     `temperature` divides the logits: lower is sharper, higher is flatter. `logit_norm` sets each
     token's logits to mean 0 and this standard deviation first (Skywork-MoE, arXiv 2406.06563).
-    `jitter` and `noise` act in training only and not on the returned logits.
+    `jitter` and `noise` act in training only; the returned logits are without the noise.
     `random_second` (GShard, arXiv 2006.16668 alg. 1) keeps every expert but the first with
     probability min(1, 2 x its share of the selected scores), in training only.
     `null_experts` are choices with the ids from num_experts up, to be handled by `FreeExperts`.
