@@ -24,8 +24,9 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from equipoise import balance
 from equipoise.balance import Bias, Loss
-from equipoise.balance.attach import Handle, _Roots
+from equipoise.balance.attach import Handle
 from equipoise.balance.layers import Layer
+from equipoise.balance.roots import Roots
 
 CLOCK = time.thread_time
 
@@ -143,7 +144,7 @@ def measure(
     with (
         meter.around(Layer, "begin", "gradient", "_arrived"),
         meter.around(Handle, "step"),
-        meter.around(_Roots, "_begin", "_end"),
+        meter.around(Roots, "_begin", "_end"),
     ):
         for step in range(-1, steps):
             ids = torch.randint(0, 8192, (batch, 512))

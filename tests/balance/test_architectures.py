@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.balance import Bias, Loss, Sign, attach
-from equipoise.balance.attach import holders
 from equipoise.balance.biases import own_bias
+from equipoise.balance.places import holders
 from equipoise.balance.probabilities import Scores
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite, discover

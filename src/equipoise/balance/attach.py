@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,26 +13,30 @@ from torch import Tensor, nn
 
 from equipoise.balance import frameworks
 from equipoise.balance.adversary import Adversarial, Adversaries
+from equipoise.balance.arguments import (
+    Term,
+    check_accumulation,
+    check_arguments,
+    only,
+    sorted_terms,
+)
 from equipoise.balance.biases import LayerBias
 from equipoise.balance.book import Book
 from equipoise.balance.capacities import Capacities
 from equipoise.balance.courses import Courses
-from equipoise.balance.frameworks import SWITCH
 from equipoise.balance.layers import Layer
 from equipoise.balance.lifecycle import Event, Lifecycle
 from equipoise.balance.measures import Measures
 from equipoise.balance.parts import Part
 from equipoise.balance.passes import KEPT, Bank, banks_of
+from equipoise.balance.places import device_of, group_of, holders, router_of, selecting, sites_of
+from equipoise.balance.roots import Roots
 from equipoise.balance.steps import Steps
-from equipoise.balance.terms import Bias, Loss
+from equipoise.balance.terms import Bias
 from equipoise.errors import EquipoiseError
-from equipoise.models import RouterSite, discover, valid_tokens
+from equipoise.models import RouterSite, valid_tokens
 from equipoise.models.scan import Scan
-from equipoise.models.steering import in_backward
 from equipoise.nn.limiter import Capacity as Settings
-
-Kind = TypeVar("Kind")
-Term = Loss | Bias | Settings | Lifecycle | Adversarial
 
 
 def attach(
@@ -91,23 +94,23 @@ class Handle:
         layers: Callable[[RouterSite], bool] | None,
         scaler: Any,
     ) -> None:
-        _check_arguments(model, optimizer, accumulation, layers)
-        losses, bias = _sorted_terms(terms)
+        check_arguments(model, optimizer, accumulation, layers)
+        losses, bias = sorted_terms(terms)
         if reduction not in ("mean", "sum"):
             raise EquipoiseError(f"reduction={reduction!r} is not one of mean, sum.")
         self.model = model
-        self.sites = _sites(model, layers)
+        self.sites = sites_of(model, layers)
         scan = Scan(model)
         blocks = [scan.modules[site.path] for site in self.sites]
-        self.device = _device(blocks[0])
+        self.device = device_of(blocks[0])
         self._undo: list[Callable[[], None]] = []
         banks = banks_of([site.num_experts for site in self.sites])
         self.book = Book(
             banks,
             losses,
-            (KEPT,) if _only(terms, Settings) else (),
+            (KEPT,) if only(terms, Settings) else (),
             device=self.device,
-            group=_group(model, group),
+            group=group_of(model, group),
             accumulation=accumulation,
             mean=reduction == "mean",
             paths=[site.path for site in self.sites],
@@ -142,14 +145,14 @@ class Handle:
     ) -> list[Part]:
         """The terms that are neither losses nor biases, checked; the model is not touched."""
         found: list[Part] = []
-        if (capacity := _only(terms, Settings)) is not None:
+        if (capacity := only(terms, Settings)) is not None:
             found.append(Capacities(capacity, self.layers, blocks))
         self.courses: Courses | None = None
-        if (lifecycle := _only(terms, Lifecycle)) is not None:
+        if (lifecycle := only(terms, Lifecycle)) is not None:
             near = [holders(scan, site) for site in self.sites]
             self.courses = Courses(lifecycle, self.sites, near, self.routers(scan), bias)
             found.append(self.courses)
-        if (adversarial := _only(terms, Adversarial)) is not None:
+        if (adversarial := only(terms, Adversarial)) is not None:
             found.append(Adversaries(adversarial, self.layers, self.book))
         return found
 
@@ -160,7 +163,7 @@ class Handle:
             acts = "add" if bias is None else bias.controller.acts
             for site, block in zip(self.sites, blocks, strict=True):
                 where = selecting(scan, site)
-                placed = LayerBias(site, holders(scan, site), where, _device(block), acts=acts)
+                placed = LayerBias(site, holders(scan, site), where, device_of(block), acts=acts)
                 self._undo.append(placed.remove)
                 self.biases.append(placed)
         for part in self.parts:
@@ -170,7 +173,7 @@ class Handle:
             self.courses.begin(self.biases, lambda: getattr(alive(), "trained_by", None))
         for layer, site in zip(self.layers, self.sites, strict=True):
             self._undo.append(site.steer(layer).remove)
-        roots = _Roots(self.model, self.book)
+        roots = Roots(self.model, self.book)
         self._undo.append(roots.remove)
 
     def routers(self, scan: Scan) -> list[nn.Module]:
@@ -212,7 +215,7 @@ class Handle:
 
     @accumulation.setter
     def accumulation(self, value: int) -> None:
-        _check_accumulation(value)
+        check_accumulation(value)
         self.book.accumulation = value
 
     @contextmanager
@@ -340,140 +343,9 @@ class Handle:
         )
 
 
-def _check_arguments(model: Any, optimizer: Any, accumulation: Any, layers: Any) -> None:
-    """EquipoiseError for what is of the wrong kind, before anything is looked at."""
-    if not isinstance(model, nn.Module):
-        raise EquipoiseError(f"attach: {type(model).__name__} is no model (torch.nn.Module).")
-    _check_accumulation(accumulation)
-    if layers is not None and not callable(layers):
-        raise EquipoiseError(
-            f"attach: layers={layers!r} is not callable; give a function of a site that says "
-            "whether to balance it, such as layers=lambda site: site.layer > 0."
-        )
-    if optimizer is None:
-        return
-    if not hasattr(optimizer, "register_step_pre_hook"):
-        raise EquipoiseError(f"attach: optimizer={optimizer!r} is no torch.optim.Optimizer.")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in model.parameters()):
-        raise EquipoiseError(
-            "attach: the optimizer holds no parameter of this model, so its step() would end steps "
-            "of another. Make it of model.parameters(), after wrapping the model."
-        )
-
-
-def _check_accumulation(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise EquipoiseError(
-            f"accumulation={value!r}: at least one micro-batch a step, as a whole number."
-        )
-
-
-def _sorted_terms(terms: Sequence[Term]) -> tuple[list[Loss], Bias | None]:
-    losses = [term for term in terms if isinstance(term, Loss)]
-    biases = [term for term in terms if isinstance(term, Bias)]
-    for term in terms:
-        if not isinstance(term, Term):
-            raise EquipoiseError(
-                f"attach: {term!r} is none of Loss, Bias, Capacity, Lifecycle, Adversarial; a "
-                "controller goes into Bias(...)."
-            )
-    if len(biases) > 1:
-        raise EquipoiseError(
-            f"attach: {len(biases)} biases would move one selection bias. Give one, or a "
-            "controller of your own that combines them."
-        )
-    names = [loss.name for loss in losses]
-    for name in names:
-        if names.count(name) > 1:
-            raise EquipoiseError(
-                f"attach: two losses are called {name!r}. Give each its own Loss(..., name=...)."
-            )
-    return losses, biases[0] if biases else None
-
-
-def _only(terms: Sequence[Any], kind: type[Kind]) -> Kind | None:
-    """The one term of a kind."""
-    found = [term for term in terms if isinstance(term, kind)]
-    if len(found) > 1:
-        raise EquipoiseError(f"attach: {len(found)} terms of one kind: {found!r}. Give one.")
-    return found[0] if found else None
-
-
-def _sites(model: nn.Module, wanted: Callable[[RouterSite], bool] | None) -> list[RouterSite]:
-    found = discover(model)
-    chosen = [site for site in found if wanted is None or wanted(site)]
-    # Layers that look experts up in a table have no router to balance.
-    chosen = [site for site in chosen if site.score_function != "hash"]
-    if not chosen:
-        kind = type(model).__name__
-        raise EquipoiseError(
-            f"{kind}: no router to balance ({len(found)} found, none chosen). "
-            + ("Its layers are dense." if not found else "layers= left none.")
-        )
-    return chosen
-
-
 def _layers(sites: Sequence[RouterSite], banks: Sequence[Bank], book: Book) -> list[Layer]:
     places = {index: (bank.index, row) for bank in banks for row, index in enumerate(bank.layers)}
     return [Layer(index, site, *places[index], book) for index, site in enumerate(sites)]
-
-
-def _device(module: nn.Module) -> torch.device:
-    tensor = next(module.parameters(), None)
-    return tensor.device if tensor is not None else torch.device("cpu")
-
-
-def _group(model: nn.Module, group: Any) -> Any:
-    """The process group to count over, None for one process."""
-    if group is False:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        if group is not None:
-            raise EquipoiseError("attach: group= was given, but torch.distributed is not running.")
-        return None
-    if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-        group = model.process_group
-    if group is None:
-        group = sharded_over(model)
-    if hasattr(group, "get_group"):  # a DeviceMesh
-        group = group.get_group() if group.ndim == 1 else group._flatten().get_group()
-    if group is None and dist.get_world_size() > 1:
-        raise EquipoiseError(
-            f"attach: {dist.get_world_size()} processes run, and the model is wrapped by neither "
-            "DistributedDataParallel nor FSDP2: say which ranks share a batch with group= "
-            "(torch.distributed.group.WORLD, a process group, a DeviceMesh), or group=False."
-        )
-    return group
-
-
-def sharded_over(model: nn.Module) -> Any:
-    """The device mesh of FSDP2's sharded parameters."""
-    for parameter in model.parameters():
-        mesh = getattr(parameter, "device_mesh", None)
-        if mesh is not None:
-            return mesh
-    return None
-
-
-def router_of(scan: Scan, site: RouterSite) -> nn.Module:
-    """The module that holds a site's router weight: the router, else the block."""
-    path = next(p for p, module in scan.modules.items() if module is site.module)
-    return scan.router_beside(path) or site.module
-
-
-def holders(scan: Scan, site: RouterSite) -> list[nn.Module]:
-    """Modules that may hold a site's selection bias: its router, its block, and around these."""
-    path = next(p for p, module in scan.modules.items() if module is site.module)
-    inside = [*scan.modules[site.path].modules(), *router_of(scan, site).modules()]
-    return list(dict.fromkeys([*inside, scan.parent(path)[1]]))
-
-
-def selecting(scan: Scan, site: RouterSite) -> nn.Module:
-    """The module in whose forward a site selects: its router, or the block where the router only
-    gives logits."""
-    router = router_of(scan, site)
-    return scan.modules[site.path] if site.selects_in_block else router
 
 
 def _dense(segment_ids: Tensor | None) -> Tensor | None:
@@ -497,82 +369,3 @@ def _ends_step(handle: Handle) -> Callable[..., None]:
             alive.step()
 
     return before_step
-
-
-class _Roots:
-    """Hooks on the model's own call: they take its attention mask and the shape of its batch."""
-
-    def __init__(self, model: nn.Module, book: Book) -> None:
-        self._book = book
-        self._open: list[Any] = []
-        root = getattr(model, "module", model)
-        root = getattr(root, "_orig_mod", root)
-        self._own_loss = bool(getattr(getattr(root, "config", None), SWITCH, False))
-        self._names = tuple(inspect.signature(root.forward).parameters)
-        self._handles = [
-            root.register_forward_pre_hook(self._begin, with_kwargs=True),
-            root.register_forward_hook(self._end, always_call=True),
-        ]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if in_backward():
-            return None
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._book.close()  # a pass before that left layers out ends here
-        _check_told(self._book.told, given)
-        mask = given.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._book.batch_rows = _rows_of(given, args)
-        if self._book.segments is None:
-            self._book.packed = _packed(given.get("position_ids"))
-        context = valid_tokens(mask, unless_told=True)
-        context.__enter__()
-        self._open.append(context)
-        if self._own_loss and SWITCH in self._names and given.get(SWITCH) is None:
-            return args, {**kwargs, SWITCH: False}  # its own loss would count nothing
-        return None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _end(self, *_: Any) -> None:
-        if self._open and not in_backward():
-            self._open.pop().__exit__(None, None, None)
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-
-def _check_told(told: dict[str, Tensor | None], given: dict[str, Any]) -> None:
-    """EquipoiseError where handle.batch() spoke of another shape than the model is called with."""
-    ids = given.get("input_ids", given.get("inputs_embeds"))
-    if not isinstance(ids, Tensor) or ids.ndim < 2:
-        return
-    for name, tensor in told.items():
-        if tensor is not None and tensor.shape != ids.shape[:2]:
-            raise EquipoiseError(
-                f"handle.batch({name}=...) is {list(tensor.shape)}, but the model was called with "
-                f"{list(ids.shape[:2])} tokens. Give one value for each token."
-            )
-
-
-def _rows_of(given: dict[str, Any], args: tuple[Any, ...]) -> int | None:
-    for name in ("input_ids", "inputs_embeds", "hidden_states"):
-        tensor = given.get(name)
-        if isinstance(tensor, Tensor) and tensor.ndim >= 2:
-            return int(tensor.shape[0])
-    first = args[0] if args else None
-    return int(first.shape[0]) if isinstance(first, Tensor) and first.ndim >= 3 else None
-
-
-def _packed(position_ids: Any) -> Tensor | None:
-    """Sequence numbers of packed rows, from positions that start at 0 again; None if none do."""
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-        return None
-    starts = position_ids == 0
-    starts[:, 0] = True
-    if bool((starts.sum(1) <= 1).all()):
-        return None
-    order: Tensor = starts.reshape(-1).cumsum(0) - 1
-    return order.view_as(position_ids)

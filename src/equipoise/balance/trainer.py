@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from transformers.trainer_callback import TrainerCallback
 
-from equipoise.balance.attach import Handle, sharded_over
+from equipoise.balance.attach import Handle
+from equipoise.balance.places import sharded_over
 from equipoise.balance.sinks import Sink, TraceSink
 from equipoise.errors import EquipoiseError
 

@@ -20,6 +20,7 @@ from equipoise.capture.sequences import SequenceBook, keep
 from equipoise.capture.writer import WriterThread
 from equipoise.errors import RoutingError
 from equipoise.models import RouterSite
+from equipoise.models.steering import in_backward
 from equipoise.models.taps import Observer
 from equipoise.trace.schema import Manifest
 
@@ -80,7 +81,7 @@ class Listener:
 
     @_eager
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _recomputing():
+        if in_backward():
             return
         if self._depth == 0 or module is self._roots[0]:
             self._depth = 0  # whatever an interrupt left open is void
@@ -143,7 +144,7 @@ class Listener:
         return hear
 
     def _hear(self, index: int, ids: Tensor, weights: Tensor | None, scores: Tensor | None) -> None:
-        if _recomputing():
+        if in_backward():
             return
         site = self._sites[index]
         if self._pass is None:
@@ -165,7 +166,7 @@ class Listener:
 
     @_eager
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._depth == 0 or _recomputing():
+        if self._depth == 0 or in_backward():
             return
         self._depth -= 1
         if self._depth:
@@ -230,8 +231,3 @@ def _inner_models(model: nn.Module) -> list[nn.Module]:
     if getattr(config, "is_encoder_decoder", False) and callable(encoder):
         found.append(encoder())  # generate() runs it by itself
     return [inner for inner in found if isinstance(inner, nn.Module) and inner is not model]
-
-
-def _recomputing() -> bool:
-    """True inside of a backward pass, where activation checkpointing runs the forward again."""
-    return bool(torch._C._current_graph_task_id() != -1)
