@@ -25,6 +25,8 @@ from equipoise.routing import NO_EXPERT
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny import architectures, build, inputs_for, randomise_routing
 
+pytestmark = pytest.mark.slow
+
 REFUSED = {
     "llama4": "all experts run",
     "jetmoe": "dispatch order",

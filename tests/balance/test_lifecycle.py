@@ -20,6 +20,8 @@ from equipoise.models import discover
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny import build, inputs_for, randomise_routing
 
+pytestmark = pytest.mark.slow
+
 DEAD, LAYER = 3, 1
 
 

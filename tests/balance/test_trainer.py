@@ -37,6 +37,8 @@ from equipoise.balance import (
 )
 from equipoise.errors import EquipoiseError
 
+pytestmark = pytest.mark.slow
+
 VOCAB, LENGTH = 64, 12
 SIZE = {
     "vocab_size": VOCAB,

@@ -13,6 +13,8 @@ from equipoise.models import discover
 from tests.models.tiny import architectures, build, inputs_for, randomise_routing
 from tests.models.tiny import record as heard
 
+pytestmark = pytest.mark.slow
+
 REFUSED = {"nllb_moe", "vitpose_backbone"}
 
 

@@ -16,6 +16,8 @@ from equipoise.models import check_routing, discover, is_moe_config
 from equipoise.models.configs import moe_layers
 from equipoise.routing import NO_EXPERT
 
+pytestmark = pytest.mark.slow
+
 REFUSED = {"nllb_moe": "experts 0 and 1", "vitpose_backbone": "dataset_index"}
 RECORDED = [arch for arch in architectures() if arch not in REFUSED]
 NULLS = {"zaya", "longcat_flash", "switch_transformers"}

@@ -20,6 +20,8 @@ from tests.balance.conformance.controllers import (
 from tests.balance.conformance.models import FAMILIES
 from tests.balance.conformance.settings import COMPILED, PARALLEL, SINGLE, Setting
 
+pytestmark = pytest.mark.slow
+
 
 def held_by(name: str, family: str, setting: Setting) -> list[Tensor]:
     tried = CONTROLLERS[name]

@@ -23,6 +23,8 @@ from tests.balance.conformance.models import EXPERTS, FAMILIES, Batch, batch, bu
 from tests.balance.conformance.reference import Term, gradients, heard, loss
 from tests.balance.conformance.settings import SINGLE, Runner, Setting, loss_of, run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

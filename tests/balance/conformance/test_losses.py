@@ -12,6 +12,8 @@ from tests.balance.conformance.settings import COMPILED, PARALLEL, SINGLE, TERMS
 from tests.balance.conformance.table import outcomes
 from tests.balance.conformance.verdict import judge, same_as_full_batch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("setting", SINGLE, ids=lambda s: s.name)
