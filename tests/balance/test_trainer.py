@@ -591,7 +591,7 @@ torch.set_num_threads(1)
 from tests.balance import test_trainer as t
 import importlib
 # As where attach() comes before TrainingArguments start torch.distributed.
-importlib.import_module("equipoise.balance.attach")._group = lambda model, group: None
+importlib.import_module("equipoise.balance.attach").group_of = lambda model, group: None
 found = t.sequential_run(Path({str(tmp_path / "two")!r}), 4)
 rank = torch.distributed.get_rank()
 torch.save(found, {str(tmp_path)!r} + f"/found-{{rank}}.pt")

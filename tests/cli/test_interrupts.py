@@ -45,7 +45,7 @@ def test_a_stopped_run_resumes_to_the_trace_of_an_unbroken_one(
     whole: equipoise.Trace, tmp_path: Path, how: signal.Signals
 ) -> None:
     run = start(tmp_path)
-    wait_for_windows(tmp_path, 100_000)
+    wait_for_windows(tmp_path, 40_000)  # one window of three
     run.send_signal(how)
     _, said = run.communicate(timeout=60)
     assert run.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
