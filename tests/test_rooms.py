@@ -25,7 +25,8 @@ ALLOWED = {
     "capture": {"models", "trace", "metrics"},
     "diagnose": {"trace", "metrics"},
     "report": {"trace", "metrics", "diagnose"},
-    "cli": {"capture", "models", "trace", "metrics", "diagnose", "report"},
+    "lab": {"nn", "balance", "capture", "metrics"},
+    "cli": {"capture", "models", "trace", "metrics", "diagnose", "report", "lab", "balance"},
 }
 
 

@@ -21,7 +21,7 @@ class Router(nn.Module):
 
     `scores_TE` are the logits, with their graph to `weight`; ids are int64, NO_EXPERT where a slot
     is empty, and the weight there is 0. Logits are computed in float32 (float64 where that comes
-    in), also under autocast; weights come back in the type of the hidden states.
+    in; `precision` says otherwise), also under autocast; weights come back in the type of the hidden states.
     """
 
     float32_buffers: ClassVar[tuple[str, ...]] = ("selection_bias",)
@@ -31,6 +31,8 @@ class Router(nn.Module):
     """Tokens get different numbers of experts; ids are padded with NO_EXPERT to the largest."""
     compares: Literal["scores", "logits"] = "scores"
     """What the selection compares, and the selection bias is added to."""
+    precision: torch.dtype = torch.float32
+    """Of the product that makes the logits; torch.bfloat16 is there to show what it costs."""
 
     def __init__(
         self,
@@ -68,8 +70,9 @@ class Router(nn.Module):
                 f"[tokens, {self.hidden_size}]: flatten batch and sequence first"
             )
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        used = wide if self.precision == torch.float32 else self.precision
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            return F.linear(hidden_TD.to(wide), self.weight.to(wide))
+            return F.linear(hidden_TD.to(used), self.weight.to(used)).to(wide)
 
     def step(self, group: ProcessGroup | None = None) -> None:
         """End of an optimizer step: routers that adapt without gradient do it here, over `group`.

@@ -1,0 +1,329 @@
+"""What a run is: model, data, optimizer, balancing. A recipe is a function that returns a `Config`.
+
+Values change by name, `config.change({"model.experts": 64})`; a `Config` that cannot be run is
+refused when it is made, with both values that do not go together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+from equipoise.errors import EquipoiseError, nearest
+from equipoise.lab.terms import balancing, one, parse
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model: rotary attention, RMSNorm, `nn.MoELayer`s."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    dense_layers: int = 0
+    """The first so many layers have no experts."""
+    heads: int = 4
+    kv_heads: int = 4
+    experts: int = 16
+    top_k: int = 2
+    expert_size: int = 64
+    """Inner width of an expert."""
+    dense_size: int = 256
+    """Inner width of a layer without experts."""
+    shared_experts: int = 0
+    router: str = "softmax"
+    """A router and its options: see `equipoise.lab.routers.ROUTERS`."""
+    capacity: str = "none"
+    """Limit of an expert's load, as `capacity(factor=1.25, overflow=drop)`; "none" drops nothing."""
+    rope_theta: float = 10_000.0
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    router_std: float = 0.02
+    tied: bool = True
+    """Embedding and output share their weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text: a folder (a sub-folder or file per domain), a file, or the name of a data set."""
+
+    source: str = "../shared/data/text"
+    domains: tuple[str, ...] = ()
+    """Those to use, in this order; all of the source if empty."""
+    split: str = "train"
+    """Of a data set from the hub."""
+    text_field: str = "text"
+    domain_field: str | None = None
+    vocab_size: int = 1024
+    """Of the byte-level BPE that is trained on the text."""
+    held_out_tokens: int = 200_000
+    """Of each domain, at least; never trained on."""
+    row_length: int = 128
+    """Tokens of a row; rows are packed, documents end with a token of their own."""
+    block: int = 8
+    """Rows that are drawn together from one domain."""
+    arrangement: Literal["mixed", "domain"] = "mixed"
+    """Blocks dealt out over the micro-batches of a step, or kept whole, one domain each."""
+    cache: str = "build/lab/data"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-3
+    muon_lr: float = 2e-2
+    """Of matrices under Muon; the rest takes `lr`."""
+    router_lr_scale: float = 1.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_share: float = 0.04
+    decay_share: float = 0.2
+    """Of the steps, at the end of "wsd"."""
+    floor: float = 0.1
+    """The last learning rate, as a share of the highest."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `name` labels it; two runs of equal configs give equal weights."""
+
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    balance: str = "none"
+    """Balancing terms: see `equipoise.lab.terms`."""
+    tokens: int = 3_000_000
+    """Trained on, in whole steps."""
+    batch_rows: int = 64
+    """Rows of an optimizer step, on all processes."""
+    micro_rows: int = 16
+    """Rows of a forward pass of one process."""
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast, where the device has it; weights stay float32."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """What several processes do with the model."""
+    expert_parallel: bool = False
+    """Experts are shared out over the processes."""
+    threads: int = 1
+    """Of a CPU process."""
+    evaluate_every: int = 0
+    """Steps between evaluations on a small part of the held-out text; 0 only at the end."""
+    evaluation_tokens: int = 0
+    """Of each domain, at the end; 0 takes all of the held-out text."""
+    checkpoint_seconds: float = 120.0
+    trace: bool = True
+    """Record the routing of the last evaluation."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.batch_rows * self.data.row_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return max(1, self.tokens // self.step_tokens)
+
+    def change(self, values: Mapping[str, Any]) -> Self:
+        """Another config, with values by dotted name; texts are read as the field's type."""
+        return typing.cast(Self, _changed(self, dict(values), ""))
+
+    def to_json(self) -> str:
+        """All values, for the run folder."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """A config as `to_json` wrote it."""
+        return cls().change(dict(flat(json.loads(text))))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and values of a nested mapping."""
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += flat(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted names that differ, with both values."""
+    mine = dict(flat(dataclasses.asdict(ours)))
+    other = dict(flat(dataclasses.asdict(theirs)))
+    return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
+
+
+def _changed(config: Any, values: dict[str, Any], prefix: str) -> Any:
+    types_of = typing.get_type_hints(type(config))
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if head not in types_of or bool(rest) != dataclasses.is_dataclass(types_of[head]):
+            names = _names(config)
+            raise EquipoiseError(
+                f"No setting {prefix + key!r}: there are {', '.join(names)}.{nearest(key, names)}"
+            )
+        if rest:
+            inner.setdefault(head, {})[rest] = value
+        else:
+            own[head] = _read(value, types_of[head], prefix + head)
+    for head, below in inner.items():
+        own[head] = _changed(getattr(config, head), below, f"{prefix}{head}.")
+    return replace(config, **own)
+
+
+def _names(config: Any) -> list[str]:
+    found = []
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            found += [f"{entry.name}.{name}" for name in _names(value)]
+        else:
+            found.append(entry.name)
+    return found
+
+
+def _read(value: Any, wanted: Any, name: str) -> Any:
+    """A value as the type of its field; texts come from the command line."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Literal:
+        if value not in arguments:
+            raise EquipoiseError(
+                f"{name}={value!r} is not one of {', '.join(map(str, arguments))}."
+                f"{nearest(str(value), arguments)}"
+            )
+        return value
+    if origin is types.UnionType:
+        return None if value in (None, "none") else _read(value, arguments[0], name)
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in parts if str(part).strip())
+    try:
+        return _as(value, wanted)
+    except (TypeError, ValueError) as error:
+        raise EquipoiseError(f"{name}={value!r} is not {_ARTICLE[wanted]}.") from error
+
+
+_ARTICLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _as(value: Any, wanted: Any) -> Any:
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}[value] if value in ("true", "false") else int("")
+    if wanted is int:
+        number = float(value)
+        if number != int(number) or isinstance(value, bool):
+            raise ValueError
+        return int(number)
+    if wanted is float:
+        return float(value)
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def check(config: Config) -> None:
+    """Raise EquipoiseError for values that cannot be, alone or together."""
+    model, data, optimizer = config.model, config.data, config.optimizer
+    at_least_one = {
+        "model": (
+            model,
+            "hidden_size layers heads kv_heads experts top_k expert_size dense_size max_positions",
+        ),
+        "data": (data, "vocab_size held_out_tokens row_length block"),
+        "": (config, "tokens batch_rows micro_rows threads"),
+    }
+    for prefix, (part, names) in at_least_one.items():
+        for name in names.split():
+            if getattr(part, name) < 1:
+                dotted = f"{prefix}.{name}" if prefix else name
+                raise EquipoiseError(f"{dotted}={getattr(part, name)}; it has to be at least 1.")
+    for name in ("dense_layers", "shared_experts"):
+        if getattr(model, name) < 0:
+            raise EquipoiseError(f"model.{name}={getattr(model, name)}; it has to be at least 0.")
+    for name in ("lr", "muon_lr", "router_lr_scale"):
+        value = getattr(optimizer, name)
+        if not (math.isfinite(value) and value > 0):
+            raise EquipoiseError(f"optimizer.{name}={value}; it has to be above 0.")
+    for name in ("warmup_share", "decay_share", "floor"):
+        if not 0 <= getattr(optimizer, name) <= 1:
+            raise EquipoiseError(
+                f"optimizer.{name}={getattr(optimizer, name)}; it has to be from 0 to 1."
+            )
+    _together(config)
+
+
+def _together(config: Config) -> None:
+    model, data = config.model, config.data
+    _divides("model.heads", model.heads, "model.hidden_size", model.hidden_size)
+    _divides("model.kv_heads", model.kv_heads, "model.heads", model.heads)
+    _divides("micro_rows", config.micro_rows, "batch_rows", config.batch_rows)
+    _divides("data.block", data.block, "batch_rows", config.batch_rows)
+    if model.hidden_size // model.heads % 2:
+        raise EquipoiseError(
+            f"model.hidden_size={model.hidden_size} over model.heads={model.heads}: rotary "
+            "positions need heads of an even width."
+        )
+    if model.top_k > model.experts:
+        raise EquipoiseError(
+            f"model.top_k={model.top_k} is more than model.experts={model.experts}."
+        )
+    if model.dense_layers >= model.layers:
+        raise EquipoiseError(
+            f"model.dense_layers={model.dense_layers} of model.layers={model.layers} leaves no "
+            "layer with experts."
+        )
+    if data.row_length > model.max_positions:
+        raise EquipoiseError(
+            f"data.row_length={data.row_length} is more than model.max_positions="
+            f"{model.max_positions}."
+        )
+    if data.vocab_size < SMALLEST_VOCABULARY:
+        raise EquipoiseError(
+            f"data.vocab_size={data.vocab_size}; 256 bytes and two marks need at least "
+            f"{SMALLEST_VOCABULARY}."
+        )
+    if config.tokens < config.step_tokens:
+        raise EquipoiseError(
+            f"tokens={config.tokens} is less than one step of {config.step_tokens} "
+            f"(batch_rows={config.batch_rows} x data.row_length={data.row_length})."
+        )
+    balancing(config.balance)
+    if model.capacity != "none" and any(call.name == "capacity" for call in parse(config.balance)):
+        raise EquipoiseError(
+            f"model.capacity={model.capacity!r} and balance={config.balance!r} both limit the load."
+        )
+    from equipoise.lab.routers import check_router
+
+    check_router(model, one(model.router))
+
+
+SMALLEST_VOCABULARY = 258
+
+
+def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    if large % small:
+        raise EquipoiseError(f"{large_name}={large} is not a multiple of {small_name}={small}.")

@@ -1,0 +1,245 @@
+"""Text to tokens: a byte-level BPE, packed token streams by domain on disk, a held-out part of each.
+
+Prepared once for a source and its settings, under `DataConfig.cache`, and memory-mapped from there.
+A stream is document, end mark, document, end mark, ..., in an order drawn once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise.capture.text import Document, load_text
+from equipoise.errors import EquipoiseError, nearest
+from equipoise.lab.config import SMALLEST_VOCABULARY, DataConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Ids = NDArray[np.uint16]
+Say = Callable[[str], None]
+BEGIN, END = "<|begin|>", "<|end|>"
+SAMPLE_BYTES = 1_000_000
+"""Of each domain, that the vocabulary is made from."""
+_FORMAT = 1
+_MEANING = ("domains", "split", "text_field", "domain_field", "vocab_size", "held_out_tokens")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain's tokens, memory-mapped: those trained on, and those held out."""
+
+    name: str
+    train: Ids
+    held_out: Ids
+    held_out_bytes: int
+    """Bytes of text that `held_out` stands for."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized text by domain."""
+
+    domains: tuple[Domain, ...]
+    folder: Path
+    digest: str
+    """Of the text and all that its tokens depend on."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the domains, in order."""
+        return tuple(domain.name for domain in self.domains)
+
+    def tokenizer(self) -> Tokenizer:
+        """The byte-level BPE."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+
+def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
+    """The corpus of a config: from the cache, or read, tokenized and kept there.
+
+    Raises EquipoiseError for a source that is not there, a domain that it does not have, and text
+    that is too little for the vocabulary, the held-out part or one row.
+    """
+    digest = _digest(config)
+    folder = Path(config.cache) / digest
+    if not (folder / "meta.json").exists():
+        _prepare(config, folder, say)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    domains = tuple(
+        Domain(
+            entry["name"],
+            np.load(folder / f"{entry['name']}.train.npy", mmap_mode="r"),
+            np.load(folder / f"{entry['name']}.held-out.npy", mmap_mode="r"),
+            entry["held_out_bytes"],
+        )
+        for entry in meta["domains"]
+    )
+    for domain in domains:
+        if len(domain.train) <= config.row_length:
+            raise EquipoiseError(
+                f"domain {domain.name!r} has {len(domain.train)} tokens to train on, not one row "
+                f"of data.row_length={config.row_length}; give it more text or leave it out."
+            )
+    return Corpus(domains, folder, digest)
+
+
+def _digest(config: DataConfig) -> str:
+    """Of the settings that tokens depend on, and of the text itself where it is in files."""
+    hashed = hashlib.sha256()
+    settings = {name: getattr(config, name) for name in _MEANING}
+    hashed.update(json.dumps([_FORMAT, settings]).encode())
+    root = Path(config.source).expanduser()
+    if not root.exists():
+        hashed.update(config.source.encode())
+        return hashed.hexdigest()[:16]
+    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+        hashed.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+        hashed.update(hashlib.sha256(path.read_bytes()).digest())
+    return hashed.hexdigest()[:16]
+
+
+def _prepare(config: DataConfig, folder: Path, say: Say) -> None:
+    texts = _by_domain(config)
+    say(f"Making a vocabulary of {config.vocab_size} from {len(texts)} domains")
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    entries = []
+    try:
+        for name, documents in texts.items():
+            train, held_out, size = _streams(name, documents, tokenizer, config)
+            np.save(unfinished / f"{name}.train.npy", train)
+            np.save(unfinished / f"{name}.held-out.npy", held_out)
+            entries.append({"name": name, "held_out_bytes": size})
+            say(f"  {name}: {len(train):,} tokens to train on, {len(held_out):,} held out")
+        tokenizer.save(str(unfinished / "tokenizer.json"))
+        meta = {"settings": asdict(config), "domains": entries}
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if not folder.exists():  # another process may have been faster
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _by_domain(config: DataConfig) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    for document in _documents(config):
+        texts.setdefault(document.domain, []).append(document.text)
+    if not config.domains:
+        return dict(sorted(texts.items()))
+    for name in config.domains:
+        if name not in texts:
+            raise EquipoiseError(
+                f"data.domains names {name!r}, which data.source={config.source!r} does not have: "
+                f"there are {', '.join(sorted(texts))}.{nearest(name, texts)}"
+            )
+    return {name: texts[name] for name in config.domains}
+
+
+def _documents(config: DataConfig) -> Sequence[Document]:
+    if Path(config.source).expanduser().exists():
+        return load_text(config.source, config.text_field, config.domain_field)
+    from equipoise.lab.hub import load_dataset_text
+
+    return load_dataset_text(config)
+
+
+def train_tokenizer(texts: Mapping[str, Sequence[str]], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE from equally much of each domain; single digits are tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(texts), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise EquipoiseError(
+            f"data.vocab_size={vocab_size}: the text gives only {tokenizer.get_vocab_size()} tokens. "
+            f"Give more text, or a vocabulary of {SMALLEST_VOCABULARY} to "
+            f"{tokenizer.get_vocab_size()}."
+        )
+    return tokenizer
+
+
+def _sample(texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The beginning of every document, so that every file takes part."""
+    for documents in texts.values():
+        total = sum(len(text) for text in documents)
+        share = min(1.0, SAMPLE_BYTES / max(total, 1))
+        for text in documents:
+            if part := text[: max(1, round(len(text) * share))]:
+                yield part
+
+
+def _streams(
+    name: str, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig
+) -> tuple[Ids, Ids, int]:
+    """Tokens to train on, tokens held out, and the bytes of text of the latter.
+
+    Documents are shuffled; the first ones are held out until there are enough tokens, the last of
+    them cut where it is far too long for that (a book), the rest of it being trained on.
+    """
+    order = np.random.default_rng(0).permutation(len(documents))
+    encoded = _encoded([documents[i] for i in order], tokenizer)
+    held: list[Ids] = []
+    train: list[Ids] = []
+    missing = config.held_out_tokens
+    for ids in encoded:
+        if missing <= 0:
+            train.append(ids)
+            continue
+        cut = missing if len(ids) > 2 * missing else len(ids)
+        held.append(ids[:cut])
+        train.append(ids[cut:])
+        missing -= cut
+    rest = sum(map(len, train))
+    if missing > 0 or rest == 0:
+        raise EquipoiseError(
+            f"domain {name!r} has {config.held_out_tokens - missing + rest:,} tokens; "
+            f"data.held_out_tokens={config.held_out_tokens:,} leaves nothing to train on. Lower "
+            "it, or leave the domain out with data.domains."
+        )
+    held_out = np.concatenate(held)
+    end = tokenizer.token_to_id(END)
+    size = len(tokenizer.decode(held_out[held_out != end].tolist()).encode())
+    return np.concatenate(train), held_out, size
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Ids]:
+    end = tokenizer.token_to_id(END)
+    for start in range(0, len(texts), 64):
+        for encoding in tokenizer.encode_batch_fast(list(texts[start : start + 64])):
+            yield np.array([*encoding.ids, end], dtype=np.uint16)
+
+
+def tokenizer_for_transformers(corpus: Corpus, max_positions: int) -> Any:
+    """The tokenizer as transformers saves and loads it."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=corpus.tokenizer(),
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=max_positions,
+    )

@@ -1,0 +1,74 @@
+"""What an experiment is: its runs, and the page made from their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equipoise.lab.config import Config
+from equipoise.lab.results import Result
+
+Results = Mapping[str, Sequence[Result]]
+"""Finished runs by the name of their config, one for each seed."""
+Draw = Callable[[Path], None]
+
+
+@dataclass
+class Page:
+    """An experiment's page under way: Markdown blocks, and figures to draw beside it."""
+
+    name: str
+    blocks: list[str] = field(default_factory=list)
+    figures: dict[str, Draw] = field(default_factory=dict)
+
+    def text(self, *paragraphs: str) -> None:
+        """Paragraphs."""
+        self.blocks += [" ".join(p.split()) for p in paragraphs]
+
+    def heading(self, title: str) -> None:
+        """A heading of the second level."""
+        self.blocks.append(f"## {title}")
+
+    def bullets(self, *items: str) -> None:
+        """A list."""
+        self.blocks.append("\n".join(f"- {' '.join(item.split())}" for item in items))
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table; numbers come as texts."""
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+        self.blocks.append("\n".join(lines))
+
+    def figure(self, name: str, caption: str, draw: Draw) -> None:
+        """A figure, drawn to <page>-<name>.svg."""
+        file = f"{self.name}-{name}.svg"
+        self.figures[file] = draw
+        self.blocks.append(f"![{caption}]({file})\n\n*{' '.join(caption.split())}*")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs of a tier, and how their results are told."""
+
+    name: str
+    title: str
+    claim: str
+    """What was published, with its source."""
+    configs: Callable[[str, int], list[Config]]
+    """Of a tier and a number of seeds."""
+    write: Callable[[Page, Results], None]
+    """The page between its claim and what may not be concluded."""
+    limits: tuple[str, ...]
+    """What may not be concluded."""
+
+
+def seeded(configs: Sequence[Config], seeds: int) -> list[Config]:
+    """Every config with seeds 0, 1, ...: seed by seed, so that a stopped grid has whole seeds."""
+    return [config.change({"seed": seed}) for seed in range(seeds) for config in configs]
+
+
+def number(value: float, digits: int = 2) -> str:
+    """For a table; a dash for what is not there."""
+    return "–" if value != value else f"{value:.{digits}f}"

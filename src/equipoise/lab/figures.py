@@ -1,0 +1,93 @@
+"""Figures of experiments: lines and points, as SVG that is the same for the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from equipoise.errors import EquipoiseError
+
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5",
+           "#9c6b4e", "#9498a0")  # fmt: skip
+"""Observable's ten, told apart by most colour-blind readers."""
+
+
+def canvas(columns: int = 1, rows: int = 1, *, width: float = 8.0, height: float = 3.4) -> Any:
+    """A figure and its axes [rows, columns]."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise EquipoiseError("figures need: pip install 'equipoise[lab]'.") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "equipoise",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e4e4e4",
+            "axes.prop_cycle": mpl.cycler(color=list(COLOURS)),
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+    return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write an SVG, and close the figure."""
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    text = path.read_text(encoding="utf-8")
+    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+
+
+def lines(
+    axis: Any,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    floor: float | None = None,
+    log: bool = False,
+) -> None:
+    """One line a name; `floor` is drawn as what chance gives."""
+    for name, (xs, ys) in curves.items():
+        axis.plot(np.asarray(xs), np.asarray(ys), label=name, linewidth=1.4)
+    if floor is not None:
+        axis.axhline(floor, color="#888888", linewidth=0.9, linestyle=":", label="chance")
+    if log:
+        axis.set_yscale("log")
+    axis.set(title=title, xlabel=x, ylabel=y)
+
+
+def shares(axis: Any, tokens: ArrayLike, shares_NE: Any, *, title: str) -> None:
+    """Shares of all experts over training, stacked to 1."""
+    axis.stackplot(np.asarray(tokens), np.asarray(shares_NE).T, linewidth=0, colors=_many())
+    axis.set(title=title, xlabel="million tokens", ylabel="share of selections", ylim=(0, 1))
+    axis.grid(False)
+
+
+def _many() -> Sequence[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["turbo"](value) for value in np.linspace(0.05, 0.95, 16)]
+
+
+def legend(figure: Any, axis: Any, columns: int = 4) -> None:
+    """One legend below all axes."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8)

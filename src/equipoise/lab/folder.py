@@ -1,0 +1,192 @@
+"""A run's folder: its config, what it measured, its weights, and what a stopped run goes on from.
+
+| file | holds |
+|---|---|
+| `config.json` | every setting |
+| `environment.json` | versions, commit, machine, and the digest of the tokens |
+| `metrics.parquet` | a row per optimizer step: loss, rate, time, gradient norm, counts [L x E] |
+| `evaluations.json` | losses and counts by domain, for each evaluation |
+| `result.json` | written last: what the run came to |
+| `checkpoint-<rank>.pt` | while it is not finished |
+| `model/`, `weights.safetensors` | for transformers; where no architecture of its fits, for this package |
+| `trace/` | routing of the last evaluation |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.config import Config, differences
+
+LABELS = ("name", "checkpoint_seconds", "threads", "data.cache", "data.source")
+"""Settings that may differ between a run and its resumption: they change no number of it, but for
+the rounding of sums under another number of threads. The text itself is compared by its digest."""
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def finished(self) -> bool:
+        """The run came to its end."""
+        return (self.path / "result.json").exists()
+
+    def begin(self, config: Config, digest: str) -> None:
+        """Make the folder, or find that it is of this same run; EquipoiseError where it is not."""
+        file = self.path / "config.json"
+        if not file.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise EquipoiseError(
+                    f"{self.path} is not empty and is no run's folder; choose another with --out."
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("environment.json", {**environment(), "tokens": digest})
+            write_text(file, config.to_json())
+            return
+        other = differences(config, self.config())
+        told = {key: values for key, values in other.items() if key not in LABELS}
+        if told:
+            key, (ours, theirs) = next(iter(told.items()))
+            more = f", and {len(told) - 1} more settings" if len(told) > 1 else ""
+            raise EquipoiseError(
+                f"{self.path} holds a run with {key}={theirs}, not {ours}{more}: choose another "
+                "folder with --out, or --force to begin anew here."
+            )
+        before = self.read("environment.json")["tokens"]
+        if before != digest:
+            raise EquipoiseError(
+                f"{self.path} was begun on other text ({before}) than is there now ({digest}): "
+                "choose another folder with --out, or --force to begin anew here."
+            )
+
+    def config(self) -> Config:
+        """The settings of the run that is there."""
+        file = self.path / "config.json"
+        if not file.exists():
+            raise EquipoiseError(f"{self.path} is no run's folder: it has no config.json.")
+        return Config.from_json(file.read_text(encoding="utf-8"))
+
+    def write(self, name: str, values: Any) -> None:
+        """A JSON file, whole or not at all."""
+        write_text(self.path / name, json.dumps(values, indent=1, allow_nan=True))
+
+    def read(self, name: str) -> Any:
+        """A JSON file."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """`metrics.parquet`, whole or not at all."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pylist([dict(row) for row in rows])
+        unfinished = self.path / "metrics.tmp"
+        with saving(unfinished):
+            pq.write_table(table, unfinished, compression="zstd")
+        unfinished.replace(self.path / "metrics.parquet")
+
+    def metrics(self) -> Any:
+        """A table with a row per optimizer step."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path / "metrics.parquet")
+
+    def save_checkpoint(self, state: Any, rank: int) -> None:
+        """What to go on from; the one before stays until this one is whole."""
+        unfinished = self.path / f"checkpoint-{rank}.tmp"
+        with saving(unfinished):
+            torch.save(state, unfinished)
+        unfinished.replace(self.path / f"checkpoint-{rank}.pt")
+
+    def load_checkpoint(self, rank: int) -> Any | None:
+        """The last whole checkpoint, or None."""
+        file = self.path / f"checkpoint-{rank}.pt"
+        if not file.exists():
+            return None
+        return torch.load(file, map_location="cpu", weights_only=False)
+
+    def remove_checkpoints(self) -> None:
+        """The run is finished."""
+        for file in self.path.glob("checkpoint-*"):
+            file.unlink()
+
+
+class saving:  # noqa: N801 - reads as a word: with saving(path)
+    """Turns a write that failed into one line, and leaves no half file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None:
+            return
+        self.path.unlink(missing_ok=True)
+        disk = isinstance(error, OSError) or "write" in str(error).lower()
+        if isinstance(error, OSError | RuntimeError) and disk:
+            raise EquipoiseError(
+                f"{self.path.parent} cannot be written ({error}). What was saved before is whole: "
+                "make room and run the same command again."
+            ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with saving(unfinished):
+        unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine."""
+    from equipoise.capture.provenance import provenance
+
+    return {
+        **provenance(),
+        "commit": commit(),
+        "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the package's own checkout, "+" where it was changed since; None outside one."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,162 @@
+"""Run many configs, several at a time, each in a folder of its own; stopped, it goes on."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.config import Config
+from equipoise.lab.results import Result, folder_of
+
+Say = Callable[[str], None]
+EVERY = 20.0
+"""Seconds between lines of progress."""
+
+
+@dataclass
+class _Job:
+    """A run under way."""
+
+    config: Config
+    process: Any
+    said: Any = None
+    """Its last `Progress`."""
+
+
+@dataclass
+class Grid:
+    """The runs of an experiment that are not finished, and those that run now."""
+
+    configs: Sequence[Config]
+    pool: Path
+    workers: int
+    say: Say = lambda _: None
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run all that is not finished; EquipoiseError, after the others, where some failed."""
+        waiting = missing(self.configs, self.pool)
+        self.say(f"{len(self.configs)} runs, {len(self.configs) - len(waiting)} finished before.")
+        if waiting:
+            self._prepare(waiting)
+        context = mp.get_context("spawn")
+        news = context.Queue()
+        jobs: dict[int, _Job] = {}
+        begin = told = time.monotonic()
+        total, number = len(waiting), 0
+        try:
+            while waiting or jobs:
+                while waiting and len(jobs) < self.workers:
+                    number += 1
+                    jobs[number] = self._start(context, number, waiting.pop(0), news)
+                self._listen(news, jobs)
+                if time.monotonic() - told > EVERY:
+                    told = time.monotonic()
+                    self._report(jobs, total - len(waiting) - len(jobs), total, begin)
+        finally:
+            for job in jobs.values():
+                job.process.terminate()
+                job.process.join()
+        if self.failures:
+            first = next(iter(self.failures.items()))
+            raise EquipoiseError(
+                f"{len(self.failures)} of {total} runs failed; the first, {first[0]}: {first[1]}"
+            )
+
+    def _prepare(self, waiting: Sequence[Config]) -> None:
+        """Make each corpus once, before several processes ask for it."""
+        from equipoise.lab.corpus import load_corpus
+
+        for data in dict.fromkeys(config.data for config in waiting):
+            load_corpus(data, self.say)
+
+    def _start(self, context: Any, number: int, config: Config, news: Any) -> _Job:
+        folder = folder_of(self.pool, config)
+        process = context.Process(
+            target=work, args=(number, config.to_json(), str(folder), news), daemon=False
+        )
+        process.start()
+        self.say(f"  {config.name}: begins ({config.steps} steps, {folder.name})")
+        return _Job(config, process)
+
+    def _listen(self, news: Any, jobs: dict[int, _Job]) -> None:
+        try:
+            number, kind, value = news.get(timeout=1.0)
+        except queue.Empty:
+            self._bury(jobs)
+            return
+        job = jobs.get(number)
+        if job is None:
+            return
+        if kind == "progress":
+            job.said = value
+            return
+        job.process.join()
+        del jobs[number]
+        if kind == "failed":
+            self.failures[job.config.name] = value
+            self.say(f"  {job.config.name}: FAILED: {value}")
+        else:
+            self.say(
+                f"  {job.config.name}: loss {value['loss']:.3f}, MaxVio {value['max_vio']:.2f}, "
+                f"{value['tokens'] / value['seconds']:,.0f} tokens/s"
+            )
+
+    def _bury(self, jobs: dict[int, _Job]) -> None:
+        """Take note of processes that ended without a word: killed, or out of memory."""
+        for number, job in list(jobs.items()):
+            if not job.process.is_alive() and job.process.exitcode not in (0, None):
+                del jobs[number]
+                self.failures[job.config.name] = f"ended with {job.process.exitcode}"
+                self.say(f"  {job.config.name}: ended with {job.process.exitcode}")
+
+    def _report(self, jobs: dict[int, _Job], done: int, total: int, begin: float) -> None:
+        parts = []
+        under_way = 0.0
+        for job in jobs.values():
+            p = job.said
+            if p is not None:
+                under_way += p.step / p.steps
+                parts.append(
+                    f"{job.config.name} {p.step}/{p.steps} loss {p.loss:.2f} "
+                    f"MaxVio {p.max_vio:.2f} (chance {p.floor:.2f}) {p.tokens_per_second:,.0f} tok/s"
+                )
+        spent = time.monotonic() - begin
+        share = (done + under_way) / total
+        left = f", about {spent * (1 - share) / share / 60:.0f} min left" if share > 0.02 else ""
+        self.say(f"{done} of {total} done{left} | " + " | ".join(parts))
+
+
+def missing(configs: Sequence[Config], pool: Path) -> list[Config]:
+    """Configs without a finished run; equal ones once."""
+    found: dict[Path, Config] = {}
+    for config in configs:
+        if Result.find(pool, config) is None:
+            found.setdefault(folder_of(pool, config), config)
+    return list(found.values())
+
+
+def work(number: int, text: str, folder: str, news: Any) -> None:
+    """One run, in a process of its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from equipoise.lab.trainer import train
+
+    config = Config.from_json(text)
+    last = [0.0]
+
+    def progress(now: Any) -> None:
+        if time.monotonic() - last[0] > EVERY / 4 or now.step == now.steps:
+            last[0] = time.monotonic()
+            news.put((number, "progress", now))
+
+    try:
+        news.put((number, "done", train(config, folder, save=False, progress=progress)))
+    except (EquipoiseError, RuntimeError, ValueError, OSError) as error:
+        news.put((number, "failed", f"{type(error).__name__}: {error}"))

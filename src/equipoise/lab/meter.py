@@ -1,0 +1,77 @@
+"""What the routers of a `LanguageModel` select, counted as it runs. Shapes: L layers, E experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.lab.model import LanguageModel
+from equipoise.nn.base import scores_of
+
+
+class Meter:
+    """Counts, and sums of the selected scores, of all passes since the last `take`.
+
+    In training all passes of one optimizer step: the lab recomputes no activations, so a pass is
+    seen once.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        layers = list(model.moe_layers())
+        self._layers, self._experts = layers, model.config.experts
+        self._device = next(model.parameters()).device
+        self._hooks = [
+            layer.gate.register_forward_hook(self._hook(index))
+            for index, layer in enumerate(layers)
+        ]
+        self.scores = False
+        """Whether selected scores are summed too."""
+        self._clear()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _clear(self) -> None:
+        self._counts_LE = torch.zeros(
+            len(self._layers), self._experts, dtype=torch.int64, device=self._device
+        )
+        self._sums_L = torch.zeros(len(self._layers), dtype=torch.float64, device=self._device)
+
+    def _hook(self, index: int) -> Any:
+        def hook(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            logits_TE, _weights_TK, ids_TK = output
+            ids = ids_TK.flatten() + 1  # 0 is "no expert", which is not load
+            ids = ids.clamp(max=self._experts + 1)  # null experts neither
+            counts = torch.bincount(ids, minlength=self._experts + 2)
+            self._counts_LE[index] += counts[1 : self._experts + 1]
+            if self.scores:
+                self._sums_L[index] += _selected(gate, logits_TE.detach(), ids_TK)
+
+        return hook
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Counts [L, E] int64 and score sums [L] float64 since the last call."""
+        found = self._counts_LE, self._sums_L
+        self._clear()
+        return found
+
+
+def _selected(gate: Any, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    if gate.score_function == "relu":
+        scores_TE = torch.relu(logits_TE)
+    else:
+        scores_TE = scores_of(logits_TE, gate.score_function)
+    valid_TK = (ids_TK >= 0) & (ids_TK < scores_TE.shape[1])
+    picked_TK = scores_TE.gather(1, ids_TK.clamp(0, scores_TE.shape[1] - 1))
+    return (picked_TK * valid_TK).sum(dtype=torch.float64)

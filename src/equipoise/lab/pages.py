@@ -1,0 +1,139 @@
+"""An experiment run as a whole: its grid, then its page in Markdown with figures beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from equipoise.errors import EquipoiseError, nearest
+from equipoise.lab.config import Config
+from equipoise.lab.experiments import EXPERIMENTS
+from equipoise.lab.experiments.base import Experiment, Page, Results
+from equipoise.lab.folder import write_text
+from equipoise.lab.grid import Grid, missing
+from equipoise.lab.results import Result
+
+Say = Callable[[str], None]
+TIERS = ("cpu", "gpu")
+
+
+def find(name: str) -> Experiment:
+    """An experiment by name; EquipoiseError where there is none."""
+    if name not in EXPERIMENTS:
+        raise EquipoiseError(
+            f"No experiment {name!r}: there are {', '.join(EXPERIMENTS)}.{nearest(name, EXPERIMENTS)}"
+        )
+    return EXPERIMENTS[name]
+
+
+def run_experiment(
+    name: str,
+    out: str | Path = "docs/lab",
+    *,
+    tier: str = "cpu",
+    seeds: int = 1,
+    workers: int = 1,
+    redraw: bool = False,
+    data: str | None = None,
+    say: Say = lambda _: None,
+) -> Path:
+    """Run what is missing of an experiment's grid in `out`/runs, and write `out`/<name>.md.
+
+    redraw: run nothing; make the page from the runs that are there. data: another place of the
+    text. Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
+    """
+    experiment = find(name)
+    if tier not in TIERS:
+        raise EquipoiseError(f"tier={tier!r} is not one of {', '.join(TIERS)}.")
+    pool = Path(out) / "runs"
+    configs = experiment.configs(tier, seeds)
+    if data is not None:
+        configs = [config.change({"data.source": data}) for config in configs]
+    if not redraw:
+        try:
+            Grid(configs, pool, workers, say).run()
+        finally:
+            if len(missing(configs, pool)) < len(configs):
+                write_page(experiment, configs, Path(out), tier)
+    found = [config for config in configs if Result.find(pool, config) is not None]
+    if not found:
+        raise EquipoiseError(
+            f"{pool} holds no finished run of {name!r} for tier {tier} and seeds={seeds}: run it "
+            "without --redraw first."
+        )
+    return write_page(experiment, configs, Path(out), tier)
+
+
+def write_page(experiment: Experiment, configs: Sequence[Config], out: Path, tier: str) -> Path:
+    """The page of an experiment from the runs that are finished."""
+    by_name: dict[str, list[Result]] = {}
+    for config in configs:
+        result = Result.find(out / "runs", config)
+        if result is not None:
+            by_name.setdefault(config.name, []).append(result)
+    page = Page(experiment.name if tier == "cpu" else f"{experiment.name}-{tier}")
+    page.blocks.append(f"# {experiment.title}")
+    page.text(experiment.claim)
+    _setup(page, experiment, configs, by_name, tier)
+    experiment.write(page, by_name)
+    page.heading("What may not be concluded")
+    page.bullets(*experiment.limits)
+    _runs(page, by_name)
+    for file, draw in page.figures.items():
+        draw(out / file)
+    path = out / f"{page.name}.md"
+    write_text(path, "\n\n".join(page.blocks) + "\n")
+    return path
+
+
+def _setup(
+    page: Page, experiment: Experiment, configs: Sequence[Config], results: Results, tier: str
+) -> None:
+    found = [result for runs in results.values() for result in runs]
+    first = found[0]
+    model, data = first.config.model, first.config.data
+    size = first.summary["parameters"]
+    machines = Counter(_machine(r) for r in found)
+    commits = sorted({str(r.environment["commit"]) for r in found})
+    command = f"equipoise lab {experiment.name}" + ("" if tier == "cpu" else f" --tier {tier}")
+    page.heading("What was run")
+    page.text(
+        f"`{command}`: {len(found)} of {len(configs)} runs finished, "
+        f"{len({r.seed for r in found})} seed(s). Unless a row says otherwise: {model.layers} layers "
+        f"({model.dense_layers} dense), width {model.hidden_size}, {model.experts} experts"
+        + (f" and {model.shared_experts} shared" if model.shared_experts else "")
+        + f", top-{model.top_k}, {size['total'] / 1e6:.1f} M parameters, {size['active'] / 1e6:.1f} M "
+        f"of them active; {first.summary['tokens'] / 1e6:.1f} M tokens in steps of "
+        f"{first.config.step_tokens:,}, rows of {data.row_length}, {len(first.final.domains)} domains "
+        f"({', '.join(first.final.domains)}); evaluated on {first.final.tokens.sum() / 1e6:.1f} M "
+        "tokens held out. Runs of one seed see the same rows in the same order and begin with the "
+        "same weights."
+    )
+    page.text(
+        "Machine: "
+        + "; ".join(f"{m} ({n} runs)" for m, n in machines.items())
+        + ". Commits: "
+        + ", ".join(commits)
+        + ". Torch "
+        + ", ".join(sorted({r.environment["versions"]["torch"] for r in found}))
+        + "."
+    )
+
+
+def _machine(result: Result) -> str:
+    e = result.environment
+    return e["gpu"] or f"{e['processor']}, {result.config.threads} thread a run"
+
+
+def _runs(page: Page, results: Results) -> None:
+    page.heading("Runs")
+    page.text(
+        "Their figures are in `runs/`, one folder each; `--redraw` makes this page from them."
+    )
+    rows = [
+        (name, r.seed, f"`{r.config.balance}`", f"`{r.path.name}`",
+         f"{r.summary['seconds'] / 60:.0f} min")
+        for name, runs in results.items() for r in runs
+    ]  # fmt: skip
+    page.table(("run", "seed", "balance", "folder", "training"), rows)

@@ -1,0 +1,162 @@
+"""Finished runs, read back from their folders. Shapes: N steps, D domains, L layers, E experts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise.lab.config import Config, flat
+from equipoise.lab.evaluate import Evaluation
+from equipoise.lab.folder import LABELS, RunFolder
+from equipoise.metrics import floors, load
+
+Values = NDArray[np.float64]
+
+
+def identity(config: Config) -> str:
+    """Twelve letters of a digest of all settings that a run's figures depend on.
+
+    Of those that are not at their default, so that a new setting leaves old runs what they are.
+    """
+    usual = dict(flat(asdict(Config())))
+    values = {k: v for k, v in flat(asdict(config)) if k not in LABELS and v != usual[k]}
+    text = json.dumps(values, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def folder_of(pool: Path, config: Config) -> Path:
+    """Where a config's run is kept: one place, whichever experiment asked for it."""
+    return pool / identity(config)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    config: Config
+    path: Path
+
+    @classmethod
+    def find(cls, pool: Path, config: Config) -> Result | None:
+        """The finished run of a config, or None."""
+        folder = RunFolder(folder_of(pool, config))
+        return cls(config, folder.path) if folder.finished else None
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What `result.json` holds."""
+        return dict(RunFolder(self.path).read("result.json"))
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit, machine."""
+        return dict(RunFolder(self.path).read("environment.json"))
+
+    @cached_property
+    def evaluations(self) -> list[tuple[int, Evaluation]]:
+        """(step, what it found), in order."""
+        kept = RunFolder(self.path).read("evaluations.json")
+        return [(entry["step"], Evaluation.from_dict(entry)) for entry in kept]
+
+    @property
+    def final(self) -> Evaluation:
+        """The last evaluation."""
+        return self.evaluations[-1][1]
+
+    @cached_property
+    def _metrics(self) -> Any:
+        return RunFolder(self.path).metrics()
+
+    def column(self, name: str) -> Values:
+        """A column of the metrics, [N]."""
+        return np.asarray(self._metrics[name].to_numpy(), dtype=np.float64)
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Selections of every step, layer and expert, [N, L, E]."""
+        rows = np.stack(self._metrics["counts"].to_numpy(zero_copy_only=False))
+        experts = self.config.model.experts
+        return rows.reshape(len(rows), -1, experts)
+
+    @property
+    def tokens(self) -> Values:
+        """Tokens trained on after every step, [N]."""
+        return self.column("tokens")
+
+    @cached_property
+    def max_vio_batch(self) -> Values:
+        """MaxVio of every step's tokens, mean over layers, [N]."""
+        return np.asarray(load.max_vio(self.counts), dtype=np.float64).mean(1)
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a step; the first ones, which warm caches, are left out."""
+        return float(np.median(self.column("seconds")[5:]))
+
+    @property
+    def step_floor(self) -> float:
+        """MaxVio of a step's tokens by chance alone."""
+        model = self.config.model
+        return floors.floor(self.config.step_tokens, model.experts, model.top_k).mean["max_vio"]
+
+    @property
+    def seed(self) -> int:
+        """Of weights and data order."""
+        return self.config.seed
+
+
+def specialisation(evaluation: Evaluation) -> float:
+    """Generalised Jensen-Shannon divergence of the domains' shares, mean over layers, in nats.
+
+    Entropy of the mean share less the mean of the entropies; 0 where all domains load the experts
+    alike, at most ln(domains).
+    """
+    shares_DLE = np.asarray(load.share(evaluation.counts), dtype=np.float64)
+    return float((_entropy(shares_DLE.mean(0)) - _entropy(shares_DLE).mean(0)).mean())
+
+
+def _entropy(shares: Values) -> Values:
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    found: Values = -(shares * logs).sum(-1)
+    return found
+
+
+def largest_domain_share(evaluation: Evaluation) -> float:
+    """The largest share that an expert has of one domain's selections, mean over layers."""
+    return float(np.asarray(load.share(evaluation.counts)).max((0, 2)).mean())
+
+
+def starved(counts_NLE: NDArray[np.int64], below: float = 0.01, window: int = 10) -> Values:
+    """Share of the L x E cells below `below` of a fair share, in windows of steps, [N / window]."""
+    steps = len(counts_NLE) // window * window
+    summed = counts_NLE[:steps].reshape(-1, window, *counts_NLE.shape[1:]).sum(1)
+    found: Values = (np.asarray(load.ratio(summed)) < below).mean((1, 2))
+    return found
+
+
+def smooth(values: Values, window: int) -> Values:
+    """Running mean over the last `window` values (fewer at the beginning)."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    found: Values = (sums[ends] - sums[starts]) / (ends - starts)
+    return found
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of its interval by Student's t; NaN for fewer than two values."""
+    from scipy import stats
+
+    found = np.asarray(values, dtype=np.float64)
+    if len(found) < 2:
+        return float(found.mean()), float("nan")
+    quantile = float(stats.t.ppf((1 + level) / 2, len(found) - 1))
+    return float(found.mean()), quantile * float(found.std(ddof=1)) / len(found) ** 0.5

@@ -1,0 +1,110 @@
+"""The routers of recipes by name: `equipoise.nn`'s, with the options of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from equipoise.errors import EquipoiseError, nearest
+from equipoise.lab.terms import Call, make, one, parse
+
+if TYPE_CHECKING:
+    from equipoise.lab.config import ModelConfig
+
+FIXED = ("softmax", "mixtral", "sigmoid", "sqrtsoftplus")
+"""Routers with a fixed number of experts per token and a selection bias, which any term can act on."""
+ROUTERS = (
+    *FIXED,
+    "random",
+    "sinkhorn",
+    "base",
+    "hash",
+    "expert_choice",
+    "expert_threshold",
+    "relu",
+)
+BLOCKS = (*ROUTERS, "soft")
+"""What `model.router` may name: a router, or "soft", whose layer mixes tokens and selects none."""
+
+
+def check_router(model: ModelConfig, call: Call) -> None:
+    """Raise EquipoiseError for a router that there is not, or that does not fit the model."""
+    if call.name not in BLOCKS:
+        raise EquipoiseError(
+            f"No router {call.name!r}: there are {', '.join(BLOCKS)}.{nearest(call.name, BLOCKS)}"
+        )
+    if call.name == "base" and model.top_k != 1:
+        raise EquipoiseError(
+            f"model.router={call.name!r} assigns one expert to a token, but model.top_k="
+            f"{model.top_k}."
+        )
+    if model.top_k == 1 and _weighting(call) in ("renormalized", "softmax"):
+        raise EquipoiseError(
+            f"model.router={str(call)!r} with model.top_k=1 makes every weight 1, so that the router "
+            "gets no gradient; use weighting=scores."
+        )
+    if model.capacity != "none" and call.name in ("expert_choice", "expert_threshold", "soft"):
+        raise EquipoiseError(
+            f"model.capacity={model.capacity!r} is for routers with a fixed top-k, not "
+            f"model.router={call.name!r}."
+        )
+
+
+def _weighting(call: Call) -> str:
+    default = {"softmax": "renormalized", "mixtral": "softmax"}
+    kept = dict(call.options).get("weighting", default.get(call.name, "scores"))
+    return str(kept)
+
+
+def make_router(model: ModelConfig, vocab_size: int) -> Any:
+    """The router of one layer."""
+    import torch
+
+    from equipoise import nn
+
+    shape = (model.hidden_size, model.experts, model.top_k)
+
+    def top_k(function: str, weighting: str, **fixed: Any) -> Callable[..., Any]:
+        def maker(*, precision: str = "float32", **options: Any) -> Any:
+            settings = {"score_function": function, "weighting": weighting, **fixed, **options}
+            for name in ("noise", "selection"):
+                if isinstance(settings.get(name), Call):
+                    settings[name] = make(settings[name], parts, name)
+            if precision not in ("float32", "bfloat16"):
+                raise ValueError(f"precision={precision!r} is not one of float32, bfloat16")
+            router = nn.TopKRouter(*shape, **settings)
+            router.precision = getattr(torch, precision)
+            return router
+
+        return maker
+
+    parts: dict[str, Callable[..., Any]] = {
+        "learned": lambda **o: nn.LearnedNoise(model.hidden_size, model.experts, **o),
+        "fixed": nn.FixedNoise,
+        "group_limited": nn.GroupLimited,
+    }
+    makers: dict[str, Callable[..., Any]] = {
+        "softmax": top_k("softmax", "renormalized", selection_bias=True),
+        "mixtral": top_k("softmax", "softmax"),
+        "sigmoid": top_k("sigmoid", "renormalized", selection_bias=True),
+        "sqrtsoftplus": top_k("sqrtsoftplus", "renormalized", selection_bias=True),
+        "random": top_k("softmax", "renormalized", selection=nn.Random()),
+        "sinkhorn": top_k("softmax", "renormalized", selection=nn.Sinkhorn()),
+        "base": top_k("sigmoid", "scores", selection=nn.Assignment()),
+        "hash": lambda: nn.HashRouter(
+            model.hidden_size, model.experts, nn.hash_table(vocab_size, model.experts, model.top_k)
+        ),
+        "expert_choice": lambda **o: nn.ExpertChoiceRouter(*shape, **o),
+        "expert_threshold": lambda **o: nn.ExpertThresholdRouter(*shape, **o),
+        "relu": lambda **o: nn.ReLURouter(*shape, **o),
+    }
+    return make(one(model.router), makers, "router")
+
+
+def make_capacity(model: ModelConfig) -> Any:
+    """The layer's capacity, or None."""
+    from equipoise import nn
+
+    if not parse(model.capacity):
+        return None
+    return make(one(model.capacity), {"capacity": nn.Capacity}, "capacity")

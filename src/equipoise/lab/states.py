@@ -1,0 +1,80 @@
+"""Weights and optimizer state of a model in one process or several, for checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from equipoise.lab.processes import Processes
+
+
+def _sharded(processes: Processes) -> bool:
+    return processes.count > 1 and processes.config.parallel == "fsdp2"
+
+
+def state_of(model: nn.Module, optimizer: Any, processes: Processes) -> dict[str, Any]:
+    """What this process keeps: its own weights, or its part of those that are sharded."""
+    if not _sharded(processes):
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": _local(weights), "optimizer": _local(moments)}
+
+
+def load_state(
+    kept: dict[str, Any], model: nn.Module, optimizer: Any, processes: Processes
+) -> None:
+    """Put back what `state_of` gave this process."""
+    if not _sharded(processes):
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        return
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=_placed(weights, kept["model"]),
+        optim_state_dict=_placed(moments, kept["optimizer"]),
+    )
+
+
+def _local(values: Any) -> Any:
+    """Sharded tensors as this process's part."""
+    if isinstance(values, dict):
+        return {key: _local(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_local(value) for value in values]
+    return values.to_local().clone() if hasattr(values, "to_local") else values
+
+
+def _placed(like: Any, kept: Any) -> Any:
+    """The parts as sharded tensors again, laid out as those of `like`."""
+    if isinstance(kept, dict):
+        return {key: _placed(like.get(key) if like else None, kept[key]) for key in kept}
+    if isinstance(kept, list):
+        return [
+            _placed(like[i] if like and i < len(like) else None, value)
+            for i, value in enumerate(kept)
+        ]
+    if hasattr(like, "device_mesh"):
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            kept, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
+    return kept
+
+
+def whole_state(model: nn.Module, processes: Processes) -> dict[str, Any]:
+    """All weights, on every process."""
+    state = model.state_dict()
+    if not _sharded(processes):
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in state.items()
+    }

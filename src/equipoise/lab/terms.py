@@ -1,0 +1,201 @@
+"""Balancing terms and routers as one line of text, the same in recipes, on the command line and in tables.
+
+    "switch(scope=global, weight=0.01) + sign(rate=0.001)"
+
+A name with its options, several joined by `+`; names as values need no quotes; options may be calls.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from equipoise.errors import EquipoiseError, nearest
+
+_WORDS = "|".join(set(keyword.kwlist) - {"True", "False", "None"})
+_KEYWORD = re.compile(rf"(?<![\w'\"])({_WORDS})(?![\w'\"])")
+"""Words that are Python's, such as `global`, may be values too."""
+Value = Any
+"""A number, string, bool, None, or another `Call`."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name and its options."""
+
+    name: str
+    options: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{key}={_shown(value)}" for key, value in self.options)
+        return f"{self.name}({inside})" if inside else self.name
+
+
+def _shown(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse(text: str) -> tuple[Call, ...]:
+    """The calls of a line; EquipoiseError for what is not of that form. "" and "none" hold none."""
+    if text.strip() in ("", "none"):
+        return ()
+    try:
+        tree = ast.parse(_KEYWORD.sub(r"'\1'", text.strip()), mode="eval").body
+    except SyntaxError as error:
+        raise _malformed(text) from error
+    return tuple(_call(node, text) for node in _summands(tree))
+
+
+def one(text: str) -> Call:
+    """The single call of a line."""
+    calls = parse(text)
+    if len(calls) != 1:
+        raise EquipoiseError(f"{text!r} names {len(calls)} things where one is wanted.")
+    return calls[0]
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_summands(node.left), *_summands(node.right)]
+    return [node]
+
+
+def _call(node: ast.expr, text: str) -> Call:
+    if isinstance(node, ast.Name):
+        return Call(node.id)
+    plain = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
+    if not plain or any(word.arg is None for word in node.keywords):  # type: ignore[attr-defined]
+        raise _malformed(text)
+    assert isinstance(node, ast.Call)
+    assert isinstance(node.func, ast.Name)
+    options = tuple((str(word.arg), _value(word.value, text)) for word in node.keywords)
+    return Call(node.func.id, options)
+
+
+def _value(node: ast.expr, text: str) -> Value:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Call):
+        return _call(node, text)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise _malformed(text) from error
+
+
+def _malformed(text: str) -> EquipoiseError:
+    return EquipoiseError(
+        f"{text!r} is not understood: write name(option=value, ...) and join several with +, "
+        'for example "switch(scope=global, weight=0.01) + sign(rate=0.001)".'
+    )
+
+
+def make(call: Call, makers: Mapping[str, Callable[..., Any]], kind: str, **given: Any) -> Any:
+    """What a call makes, by the maker of its name; its errors name the call.
+
+    `given` goes to the maker beside the call's own options.
+    """
+    if call.name not in makers:
+        raise EquipoiseError(
+            f"No {kind} {call.name!r}: there are {', '.join(sorted(makers))}."
+            f"{nearest(call.name, makers)}"
+        )
+    try:
+        return makers[call.name](**given, **dict(call.options))
+    except TypeError as error:
+        allowed = _options_of(makers[call.name])
+        said = f"its options are {', '.join(allowed)}" if allowed else str(error)
+        raise EquipoiseError(f"{kind} {call}: {said}.") from error
+    except (ValueError, EquipoiseError) as error:
+        raise EquipoiseError(f"{kind} {call}: {error}") from error
+
+
+def _options_of(maker: Callable[..., Any]) -> list[str]:
+    return [field.name for field in fields(maker)] if is_dataclass(maker) else []
+
+
+def balancing(text: str) -> list[Any]:
+    """The terms for `equipoise.balance.attach` that a line names."""
+    return [make(call, _terms(), "balancing term") for call in parse(text)]
+
+
+def _terms() -> dict[str, Callable[..., Any]]:
+    from equipoise import balance
+    from equipoise.balance import CATALOGUE, Adversarial, Bias, Capacity, Lifecycle, controllers
+
+    def loss(name: str) -> Callable[..., Any]:
+        def maker(
+            *,
+            scope: Any = "global",
+            weight: Any = 1e-3,
+            count: Any = "selected",
+            convention: str = "equipoise",
+            **options: Any,
+        ) -> Any:
+            steered = weight if isinstance(weight, Call) else None
+            return balance.Loss(
+                name,
+                _scope(scope),
+                weight=1e-3 if steered else weight,
+                count=count,
+                convention=convention,
+                options=options,
+                controller=make(steered, WEIGHTS, "weight controller") if steered else None,
+            )
+
+        return maker
+
+    def bias(controller: Callable[..., Any]) -> Callable[..., Any]:
+        def maker(*, scope: Any = "global", rate: Any = None, **options: Any) -> Any:
+            if rate is not None:
+                options["rate"] = (
+                    make(rate, _rates(), "rate schedule") if isinstance(rate, Call) else rate
+                )
+            return Bias(controller(**options), scope=scope)
+
+        return maker
+
+    WEIGHTS: dict[str, Callable[..., Any]] = {
+        "target_max_vio": controllers.TargetMaxVio,
+        "drop_rate": controllers.DropRate,
+    }
+    biases = {
+        "sign": controllers.Sign,
+        "proportional": controllers.Proportional,
+        "multiplicative": controllers.Multiplicative,
+        "rms_normalised": controllers.RMSNormalised,
+        "momentum_tanh": controllers.MomentumTanh,
+        "pid": controllers.PID,
+        "quantile": controllers.Quantile,
+        "quantile_histogram": controllers.QuantileHistogram,
+    }
+    return {
+        **{name: loss(name) for name in CATALOGUE},
+        **{name: bias(controller) for name, controller in biases.items()},
+        "capacity": Capacity,
+        "lifecycle": Lifecycle,
+        "adversarial": Adversarial,
+    }
+
+
+def _scope(scope: Any) -> Any:
+    from equipoise.balance import Running, Subset
+
+    if isinstance(scope, Call):
+        return make(scope, {"running": Running, "subset": Subset}, "scope")
+    return scope
+
+
+def _rates() -> dict[str, Callable[..., Any]]:
+    from equipoise.balance import controllers
+
+    return {
+        "linear": controllers.linear,
+        "cosine": controllers.cosine,
+        "warmup": controllers.warmup,
+        "constant_then_zero": controllers.constant_then_zero,
+    }

@@ -1,0 +1,94 @@
+"""Trained weights on disk, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.config import Config
+from equipoise.lab.corpus import load_corpus, tokenizer_for_transformers
+from equipoise.lab.export import target_of, to_transformers
+from equipoise.lab.folder import RunFolder, saving
+from equipoise.lab.model import LanguageModel
+from equipoise.lab.states import whole_state
+
+if TYPE_CHECKING:
+    from equipoise.lab.trainer import Run
+
+FILE = "weights.safetensors"
+
+
+def save_model(run: Run, path: Path) -> dict[str, Any]:
+    """Write the weights, and the model for transformers where an architecture fits; says which."""
+    if run.config.expert_parallel:
+        return {"weights": None, "model": None, "why": "experts are spread over processes"}
+    state = whole_state(run.model, run.processes)
+    if not run.processes.first:
+        return {}
+    _write(state, path / FILE)
+    model = rebuilt(run.config, state)
+    target = target_of(model)
+    if isinstance(target, str):
+        run.say(f"Not saved for transformers: {target}. equipoise.lab.load reads {path / FILE}.")
+        return {"weights": FILE, "model": None, "why": target}
+    tokenizer = tokenizer_for_transformers(run.corpus, run.config.model.max_positions)
+    made = to_transformers(
+        model,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with saving(path / "model" / "model.safetensors"):
+        made.save_pretrained(path / "model")
+        tokenizer.save_pretrained(path / "model")
+    return {"weights": FILE, "model": "model", "architecture": target.name}
+
+
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tied = {name: value for name, value in state.items() if name != "head.weight"}
+    if (
+        "head.weight" in state
+        and state["head.weight"].data_ptr() != state["embedding.weight"].data_ptr()
+    ):
+        tied["head.weight"] = state["head.weight"]
+    with saving(path):
+        save_file({name: value.contiguous() for name, value in tied.items()}, path)
+
+
+def rebuilt(config: Config, state: dict[str, Tensor]) -> LanguageModel:
+    """A model of its own with these weights."""
+    model = LanguageModel(config.model, config.data.vocab_size)
+    if config.model.tied:
+        state = {**state, "head.weight": state["embedding.weight"]}
+    model.load_state_dict({name: value.cpu() for name, value in state.items()})
+    return model.eval()
+
+
+def load(path: str | Path) -> LanguageModel:
+    """The trained model of a run folder. EquipoiseError where the run is not finished."""
+    from safetensors.torch import load_file
+
+    folder = RunFolder(path)
+    config = folder.config()
+    file = folder.path / FILE
+    if not file.exists():
+        raise EquipoiseError(
+            f"{path} holds no {FILE}: the run is not finished, or kept no weights."
+        )
+    return rebuilt(config, load_file(file))
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a run folder, made again from its text where the model folder has none."""
+    from transformers import AutoTokenizer
+
+    folder = RunFolder(path)
+    if (folder.path / "model").exists():
+        return AutoTokenizer.from_pretrained(folder.path / "model")
+    config = folder.config()
+    return tokenizer_for_transformers(load_corpus(config.data), config.model.max_positions)
