@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import report
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from common import make_model, report
+from transformers import OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from equipoise import balance
@@ -54,23 +54,6 @@ def terms() -> dict[str, list[Any]]:
     for controller in controllers:
         found[f"Bias({type(controller).__name__})"] = [Bias(controller)]
     return found
-
-
-def make_model(width: int) -> OlmoeForCausalLM:
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=8192,
-        hidden_size=width,
-        intermediate_size=width // 2,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_experts=64,
-        num_experts_per_tok=8,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return OlmoeForCausalLM(config).train()
 
 
 class Meter:
@@ -131,7 +114,6 @@ def measure(
 ) -> tuple[float, float]:
     """Shares of the step's time: of the terms, and of transformers' own loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    handle = balance.attach(model, *given, optimizer=optimizer)
     meter, rest, own, extra = Meter(), 0.0, 0.0, 0.0
     hidden: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
@@ -146,6 +128,7 @@ def measure(
         meter.around(Handle, "step"),
         meter.around(Roots, "_begin", "_end"),
     ):
+        handle = balance.attach(model, *given, optimizer=optimizer)
         for step in range(-1, steps):
             ids = torch.randint(0, 8192, (batch, 512))
             hidden.clear()
@@ -179,7 +162,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = make_model(args.width)
+    model = make_model(args.width).train()
     rows = []
     for name, given in terms().items():
         if args.only and args.only not in name:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, so that a noisy machine is noisy for everyone."""
+"""What the benchmarks share: a model, and timing in turns, so that noise meets everyone alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import OlmoeForCausalLM
 
 
 def interleaved(
@@ -37,6 +40,27 @@ def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, tuple
         spread = (each[-1 - quarter] - each[quarter]) / 2
         found[name] = (statistics.median(each), spread)
     return found
+
+
+def make_model(width: int) -> OlmoeForCausalLM:
+    """A random model of OLMoE's shape: 16 MoE layers, 64 experts, top-8, of any width."""
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=8192,
+        hidden_size=width,
+        intermediate_size=width // 2,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=64,
+        num_experts_per_tok=8,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return OlmoeForCausalLM(config)
 
 
 def machine() -> str:

@@ -22,28 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, ratios, report
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from common import interleaved, make_model, ratios, report
+from transformers import OlmoeForCausalLM
 from transformers.models.olmoe import modeling_olmoe
 
 import equipoise
-
-
-def make_model(width: int) -> OlmoeForCausalLM:
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=8192,
-        hidden_size=width,
-        intermediate_size=width // 2,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_experts=64,
-        num_experts_per_tok=8,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return OlmoeForCausalLM(config).eval()
 
 
 @contextlib.contextmanager
@@ -170,7 +153,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the writer thread has the other core, as on a busy server
-    model = make_model(options.width)
+    model = make_model(options.width).eval()
     prefill = torch.randint(2, 8000, (8, 512))
     prompt, mask = prefill[:, :32], torch.ones(8, 32, dtype=torch.long)
 

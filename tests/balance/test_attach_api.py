@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from equipoise.balance import Bias, Handle, Loss, Sign, attach, objectives
 from equipoise.balance.measures import NAMES
 from equipoise.errors import EquipoiseError, RoutingError
 
-from .test_trainer import LENGTH, deepseek, mixtral, rows
+from .test_trainer import LENGTH, SIZE, deepseek, mixtral, rows
 
 
 def batch(number: int = 0) -> dict[str, Tensor]:
@@ -27,6 +27,11 @@ def batch(number: int = 0) -> dict[str, Tensor]:
 def backward(handle: Handle, number: int = 0) -> None:
     handle.model.train()
     handle.model(**batch(number)).loss.backward()
+
+
+def olmoe() -> Any:
+    """A model whose MoE layers have the names and shapes of mixtral()'s."""
+    return OlmoeForCausalLM(OlmoeConfig(**SIZE, num_experts=4, eos_token_id=None, pad_token_id=0))
 
 
 # -- refusals -------------------------------------------------------------------------------------
@@ -128,6 +133,16 @@ def test_discarded_micro_batches_leave_no_trace() -> None:
     assert torch.equal(*counts)
 
 
+def test_a_step_of_a_detached_handle_is_refused() -> None:
+    handle = attach(mixtral(), Loss("switch"))
+    backward(handle)
+    handle.step()
+    handle.detach()
+    with pytest.raises(EquipoiseError, match=r"the handle is detached.*attach\(\) again"):
+        handle.step()
+    assert handle.state_dict()["step"] == 1
+
+
 def test_binding_within_a_step_is_refused() -> None:
     handle = attach(mixtral(), Loss("switch"))
     handle.bind()
@@ -174,7 +189,8 @@ def test_every_metric_stands_in_the_docs() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: attach(deepseek(), Loss("switch")), "controller"),
+        (lambda: attach(mixtral(), Loss("switch")), "controller"),
+        (lambda: attach(olmoe(), Loss("switch"), Bias(Sign())), "'mixtral' model.*'olmoe'"),
         (lambda: attach(mixtral(), Loss("z"), Bias(Sign())), "losses"),
         (
             lambda: attach(
@@ -183,7 +199,7 @@ def test_every_metric_stands_in_the_docs() -> None:
             "of 2 MoE layers, this model has 1",
         ),
     ],
-    ids=["controller", "losses", "layers"],
+    ids=["controller", "family", "losses", "layers"],
 )
 def test_a_state_of_other_terms_or_layers_is_refused(other: Any, message: str) -> None:
     saved = attach(mixtral(), Loss("switch"), Bias(Sign())).state_dict()

@@ -6,7 +6,14 @@ import pickle
 
 import pytest
 
-from equipoise.balance.controllers import Schedule, constant_then_zero, cosine, linear, warmup
+from equipoise.balance.controllers import (
+    Schedule,
+    constant_then_zero,
+    cosine,
+    linear,
+    warmup,
+    zero_then_constant,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +24,7 @@ from equipoise.balance.controllers import Schedule, constant_then_zero, cosine, 
         (warmup(0.4, 4), {0: 0.1, 1: 0.2, 3: 0.4, 4: 0.4, 9: 0.4}),
         (warmup(linear(1.0, 0.0, 8), 2), {0: 0.5, 1: 0.875, 4: 0.5, 8: 0.0}),
         (constant_then_zero(0.001, 3), {0: 0.001, 2: 0.001, 3: 0.0, 9: 0.0}),
+        (zero_then_constant(0.001, 3), {0: 0.0, 2: 0.0, 3: 0.001, 9: 0.001}),
     ],
 )
 def test_values(schedule: Schedule, values: dict[int, float]) -> None:

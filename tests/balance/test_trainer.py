@@ -544,6 +544,22 @@ def test_a_handle_of_another_model_is_refused(tmp_path: Path) -> None:
         trainer(mixtral(), arguments(tmp_path), BalanceCallback(handle)).train()
 
 
+def test_a_detached_handle_is_refused_at_the_start_and_let_go_within(tmp_path: Path) -> None:
+    class Detaches(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                handle.detach()
+
+    model = mixtral()
+    handle = attach(model, Loss("switch"))
+    made = trainer(model, arguments(tmp_path), BalanceCallback(handle), Detaches())
+    made.train()
+    assert handle.book.step == 2
+    assert ["balance/max_vio" in log for log in training_logs(made)] == [True, False, False, False]
+    with pytest.raises(EquipoiseError, match="the handle is detached"):
+        trainer(model, arguments(tmp_path), BalanceCallback(handle)).train()
+
+
 def test_data_parallel_copies_are_refused(tmp_path: Path) -> None:
     model = mixtral()
     made = trainer(model, arguments(tmp_path), BalanceCallback(attach(model)))

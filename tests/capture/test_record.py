@@ -18,6 +18,7 @@ from torch import nn
 
 import equipoise
 from equipoise import EquipoiseError, RoutingError, TraceError
+from equipoise import nn as enn
 from equipoise.capture.recorder import Off, Recorder
 from tests.capture.tiny import LAYERS, TOP_K, chosen, counts, llama, olmoe, tokens
 
@@ -297,6 +298,17 @@ def test_bad_arguments_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(EquipoiseError, match=message):
         equipoise.record(model, tmp_path / "t", **arguments)
+    assert not (tmp_path / "t").exists()
+
+
+def test_routers_that_give_tokens_different_numbers_of_experts_are_refused(tmp_path: Path) -> None:
+    layers = {
+        "fixed": enn.MoELayer(8, 8, 4, 2),
+        "free": enn.MoELayer(8, 8, 4, 2, router=enn.ExpertChoiceRouter(8, 4, 2)),
+    }
+    message = r"free.*4 experts, 2 on average.*the same\s+number for every token.*observe"
+    with pytest.raises(RoutingError, match=message):
+        equipoise.record(nn.ModuleDict(layers), tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 

@@ -249,6 +249,9 @@ layer.gate.register_forward_hook(lambda m, a, out: ids.append(out[2]))
 layer(torch.randn(4, 8)).sum().backward()
 layer.step(group)
 site = discover(torch.nn.ModuleDict({"mlp": layer}))[0]
+torch.manual_seed(3)
+drawn = ParallelExperts(6, 7, 8, process_group=group)
+found["drawn"] = [torch.rand(4), *(p.detach() for p in drawn.parameters())]
 found["layer"] = (errors, layer.limiter.share_E, ids[0], (site.num_experts, site.top_k))
 torch.save(found, f"{sys.argv[1]}/{rank}.pt")
 dist.destroy_process_group()
@@ -308,3 +311,18 @@ def test_a_layer_over_two_processes(ranks: list[dict[str, list[torch.Tensor]]]) 
         assert "not for ParallelExperts" in errors[1]
         assert found == (6, 2)
         torch.testing.assert_close(share, torch.bincount(ids, minlength=6) / 16)
+
+
+@pytest.mark.distributed
+def test_one_seed_draws_each_process_its_share_of_the_experts(
+    ranks: list[dict[str, list[torch.Tensor]]],
+) -> None:
+    torch.manual_seed(3)
+    whole = Experts(6, 7, 8)
+    next_numbers = torch.rand(4)
+    for rank in ranks:
+        assert torch.equal(rank["drawn"][0], next_numbers)
+    for wanted, *parts in zip(
+        whole.parameters(), *(rank["drawn"][1:] for rank in ranks), strict=True
+    ):
+        assert torch.equal(torch.cat(parts), wanted)

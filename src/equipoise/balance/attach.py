@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from equipoise.balance import frameworks
 from equipoise.balance.adversary import Adversarial, Adversaries
 from equipoise.balance.arguments import (
     Term,
@@ -24,9 +23,11 @@ from equipoise.balance.biases import LayerBias
 from equipoise.balance.book import Book
 from equipoise.balance.capacities import Capacities
 from equipoise.balance.courses import Courses
+from equipoise.balance.frameworks import OwnTerms
 from equipoise.balance.layers import Layer
 from equipoise.balance.lifecycle import Event, Lifecycle
 from equipoise.balance.measures import Measures
+from equipoise.balance.outputs import SlotOutputs
 from equipoise.balance.parts import Part
 from equipoise.balance.passes import KEPT, Bank, banks_of
 from equipoise.balance.places import device_of, group_of, holders, router_of, selecting, sites_of
@@ -118,6 +119,7 @@ class Handle:
         )
         self.book.keep_passes = bias is not None and bias.scope == "micro"
         self.book.scaler = scaler
+        self.book.alone = group is False
         self.layers = _layers(self.sites, banks, self.book)
         self.book.layers = self.layers
         for layer in self.layers:
@@ -125,14 +127,12 @@ class Handle:
         self.parts = self._parts(terms, scan, blocks, bias)
         try:
             self._put_on(scan, blocks, bias)
+            self.steps = Steps(self.book, self.layers, self.biases, bias, self.routers(scan))
         except BaseException:
             self.detach()
             raise
-        self.steps = Steps(self.book, self.layers, self.biases, bias, self.routers(scan))
         self.steps.parts = self.parts
         self.measures = Measures(self)
-        self.alone = group is False
-        """attach() was told that this process shares its batch with no other."""
         self.optimizer: torch.optim.Optimizer | None = None
         """Its `step()` ends balancing steps."""
         self.trained_by: torch.optim.Optimizer | None = None
@@ -157,7 +157,8 @@ class Handle:
         return found
 
     def _put_on(self, scan: Scan, blocks: Sequence[nn.Module], bias: Bias | None) -> None:
-        self._undo.append(frameworks.switch_off(self.model))
+        own = OwnTerms(self.model)
+        self._undo.append(own.restore)
         self.biases: list[LayerBias] = []
         if bias is not None or (self.courses is not None and self.courses.term.takes_out):
             acts = "add" if bias is None else bias.controller.acts
@@ -172,8 +173,10 @@ class Handle:
             alive = weakref.ref(self)
             self.courses.begin(self.biases, lambda: getattr(alive(), "trained_by", None))
         for layer, site in zip(self.layers, self.sites, strict=True):
+            if self.book.reads_outputs:
+                self._undo.append(SlotOutputs(layer).remove)
             self._undo.append(site.steer(layer).remove)
-        roots = Roots(self.model, self.book)
+        roots = Roots(self.model, self.book, own)
         self._undo.append(roots.remove)
 
     def routers(self, scan: Scan) -> list[nn.Module]:
@@ -184,6 +187,11 @@ class Handle:
 
     def step(self) -> None:
         """End a balancing step: call it before the optimizer's, where none was given to attach."""
+        if not self.attached:
+            raise EquipoiseError(
+                "step(): the handle is detached, so nothing is balanced or counted. Leave the call "
+                "out, or attach() again and step the new handle."
+            )
         self.steps.end(self.measures)
 
     def drive_with(self, optimizer: torch.optim.Optimizer) -> None:
@@ -206,7 +214,7 @@ class Handle:
 
     def discard(self) -> None:
         """Forget the micro-batches seen since the last step: their optimizer step will not come."""
-        self.book.set_aside()
+        self.steps.forget()
 
     @property
     def accumulation(self) -> int:

@@ -44,6 +44,8 @@ class Book:
         self.banks, self.losses = tuple(banks), tuple(losses)
         self.scopes = [scope_of(loss) for loss in losses]
         self.group, self.accumulation, self.mean = group, accumulation, mean
+        self.alone = False
+        """This process shares its batch with no other, as attach() was told."""
         self.ranks = dist.get_world_size(group) if group is not None else 1
         self.num_layers = sum(len(bank.layers) for bank in banks)
         self.device = device
@@ -55,6 +57,7 @@ class Book:
         self.factors = [self._factor(loss, paths, top_ks) for loss in losses]
         self.layout = Layout(banks, [*statistics, *self._statistics()])
         self.synced = any(scope.synced for scope in self.scopes)
+        self.reads_outputs = any(objective_of(loss).reads == "outputs" for loss in losses)
         self.layers: list[Layer] = []
         self.states: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in self.objectives}
         self.weights: dict[int, Tensor] = {}
@@ -118,9 +121,11 @@ class Book:
     def scratch(self, scores: Tensor) -> Tensor:
         """Room for the probabilities of one layer, used again by the next."""
         key = (scores.shape, scores.device)
-        if key not in self._scratch:
-            self._scratch = {key: torch.empty(scores.shape, device=scores.device)}
-        return self._scratch[key]
+        room = self._scratch.get(key)
+        if room is None:  # each device has a backward thread of its own: replace, never clear
+            room = torch.empty(scores.shape, device=scores.device)
+            self._scratch = {**_others(self._scratch, scores.device), key: room}
+        return room
 
     def value_passes(self) -> None:
         """Take the values of losses over batches from the passes that had a backward pass."""
@@ -139,12 +144,26 @@ class Book:
         current = self._current
         if current is None or current.closed or layer.index in current.heard:
             self.close()
+            self._refuse_unbound()
             self._refuse_one_more()
             current = self._current = Pass(
                 self.layout, self.layout.empty(self.device), self.previewing
             )
         current.heard.add(layer.index)
         return current
+
+    def _refuse_unbound(self) -> None:
+        """Ranks that each count by themselves would balance by parts: EquipoiseError."""
+        if self.group is not None or self.alone:
+            return
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks > 1:
+            raise EquipoiseError(
+                f"{ranks} processes run, but attach() came before torch.distributed was initialised "
+                "(where torch.distributed.group.WORLD is still None), so each would count its own "
+                "tokens only. Call init_process_group first, or handle.bind(group=...) before the "
+                "first micro-batch; attach(..., group=False) means one process by itself."
+            )
 
     def _refuse_one_more(self) -> None:
         """A step that never ends would weigh its losses wrongly: EquipoiseError at once."""
@@ -331,7 +350,9 @@ class Book:
         return self._total if self.synced else self._local
 
     def drop_step(self) -> None:
-        """Forget the step under way."""
+        """Forget the step under way, once the other ranks have had their part of it."""
+        self.close()
+        self.resolve()
         for state in self.states.values():
             state.pop("buffer", None)
         self.meters.reset()
@@ -368,6 +389,10 @@ class Book:
             setattr(self, name, value)
         for seed, state in generators.items():
             self.generators[seed].set_state(state)
+
+
+def _others(rooms: dict[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
+    return {key: room for key, room in rooms.items() if key[1] != device}
 
 
 _OF_STEP = (

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from equipoise.balance.layers import Layer
+from equipoise.balance.outputs import SlotBySlot
 from equipoise.balance.passes import groups_of
 from equipoise.balance.scopes import Exact, Global, Group, Micro, Previous
 from equipoise.balance.terms import Loss, objective_of, scope_of
@@ -79,9 +80,9 @@ def check(handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]) -> Repor
             "check(): scope 'previous' asks for nothing in the first step; check after it."
         )
     with _undisturbed(handle):
-        drawn = torch.get_rng_state()  # routers that draw at random have to draw the same twice
-        ours = _added(handle, args, batch)
-        torch.set_rng_state(drawn)
+        # What draws at random, routers and dropout, has to draw the same twice.
+        with torch.random.fork_rng(devices=_devices(handle)):
+            ours = _added(handle, args, batch)
         formula = _formula(handle, args, batch)
     return _compare(handle, ours, formula)
 
@@ -146,6 +147,24 @@ def _added(handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]) -> dict
 
 
 def _formula(handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]) -> dict[str, Tensor]:
+    slots = {site.path: SlotBySlot(site) for site in handle.sites if handle.book.reads_outputs}
+    try:
+        total, heard = _heard(handle, args, batch)
+        for layer in handle.layers:
+            path = layer.site.path
+            outputs = slots[path].outputs_TKD if path in slots else None
+            total = total + _loss_of(handle, layer, heard[path], outputs)
+        total.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for slot in slots.values():  # not before: checkpointing runs the forward pass again
+            slot.remove()
+    return _gradients(handle)
+
+
+def _heard(
+    handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]
+) -> tuple[Tensor, dict[str, Routing]]:
+    """A pass that balancing has no part in: the model's output times 0, and the Routing by path."""
     heard: dict[str, Routing] = {}
     listening = [
         site.observe(lambda routing: heard.__setitem__(routing.path, routing))
@@ -154,20 +173,15 @@ def _formula(handle: Handle, args: tuple[Any, ...], batch: dict[str, Any]) -> di
     for layer in handle.layers:
         layer.muted = True
     try:
-        main = _main(handle.model(*args, **batch)) * 0.0
+        return _main(handle.model(*args, **batch)) * 0.0, heard
     finally:
         for layer in handle.layers:
             layer.muted = False
         for handle_ in listening:
             handle_.remove()
-    total = main
-    for layer in handle.layers:
-        total = total + _loss_of(handle, layer, heard[layer.site.path])
-    total.backward()  # type: ignore[no-untyped-call]
-    return _gradients(handle)
 
 
-def _loss_of(handle: Handle, layer: Layer, routing: Routing) -> Tensor:
+def _loss_of(handle: Handle, layer: Layer, routing: Routing, outputs_TKD: Tensor | None) -> Tensor:
     """The weighted losses of one layer, as one writes them down."""
     book, site = handle.book, layer.site
     scores, valid = routing.scores_TE, routing.valid_T
@@ -196,8 +210,8 @@ def _loss_of(handle: Handle, layer: Layer, routing: Routing) -> Tensor:
             load = (counts / counts.sum().clamp(min=1)).float()
             value = objective.value(load_E=load, prob_E=prob)
         elif objective.kind == "token":
-            source = scores if objective.reads == "logits" else probs
-            value_T = objective.value(**{f"{objective.reads}_TE": source})
+            sources = {"logits": scores, "probs": probs, "outputs": outputs_TKD}
+            value_T = objective.value(**{objective.argument: sources[objective.reads]})
             value = torch.where(keep > 0, value_T, 0.0).sum() / tokens.clamp(min=1e-9)
         elif objective.kind == "batch":
             value = objective.value(probs_TE=probs, valid_T=valid)
@@ -252,6 +266,12 @@ def _main(output: Any) -> Tensor:
     raise EquipoiseError("check(): the model's output has no tensor with a gradient.")
 
 
+def _devices(handle: Handle) -> list[torch.device]:
+    """The accelerators whose random numbers the model uses."""
+    held = {p.device for p in handle.model.parameters()}
+    return [device for device in held if device.type == "cuda"]
+
+
 @contextmanager
 def _undisturbed(handle: Handle) -> Iterator[None]:
     """Gradients, random state, training mode and the book as they were before."""
@@ -265,9 +285,11 @@ def _undisturbed(handle: Handle) -> Iterator[None]:
     adversaries = [layer.adversary for layer in handle.layers]
     for layer in handle.layers:
         layer.adversary = None  # its gradient is no formula of the scores alone
-    devices = [handle.device] if handle.device.type == "cuda" else []
+    observers = [layer.observe for layer in handle.layers]
+    for layer in handle.layers:
+        layer.observe = None  # a controller that gathers scores would take these for training
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=_devices(handle)):
             handle.model.train()
             for module in handle.model.modules():
                 if isinstance(module, nn.Dropout):
@@ -275,8 +297,8 @@ def _undisturbed(handle: Handle) -> Iterator[None]:
             yield
     finally:
         handle.book.take_up(book)
-        for layer, adversary in zip(handle.layers, adversaries, strict=True):
-            layer.adversary = adversary
+        for layer, adversary, observer in zip(handle.layers, adversaries, observers, strict=True):
+            layer.adversary, layer.observe = adversary, observer
         handle.book.accumulation = accumulation
         for module, mode in modes.items():
             module.training = mode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -20,31 +20,60 @@ COEFFICIENTS = (
 """What the weight of such a loss is called, in configs and on modules."""
 
 
-def switch_off(model: nn.Module) -> Callable[[], None]:
-    """Set the weights of the model's own balancing losses to 0; returns the undo.
+class OwnTerms:
+    """The weights of a model's own balancing losses, put to 0 and back.
 
-    On its modules, which take them from the config when they are made; in the config itself, which
-    checkpoints hold, only where no module has one. The flag is left to callers: it only costs time.
+    Modules take them from the config when they are made: those stay 0 until `restore`. Some families
+    read the config at every call: it says 0 during a forward pass only (`hide`, `show`), so that a
+    checkpoint saved while attached keeps what the config said. Passes may be nested, and models may
+    share a config: each `show` puts back what its `hide` found.
     """
-    changed: list[tuple[Any, str, Any]] = []
 
-    def zero(owners: Iterable[Any]) -> None:
-        for owner in owners:
-            for name in COEFFICIENTS:
-                value = vars(owner).get(name)
-                if isinstance(value, int | float) and not isinstance(value, bool) and value:
-                    changed.append((owner, name, value))
-                    setattr(owner, name, type(value)(0))
+    def __init__(self, model: nn.Module) -> None:
+        self._configs = _named(_configs_of(model))
+        self._of_modules = _set_zero(_named(model.modules()))
+        self._hidden: list[list[Kept]] = []
 
-    zero(model.modules())
-    if not changed:
-        zero(_configs_of(model))
+    def hide(self) -> None:
+        """A forward pass begins."""
+        self._hidden.append(_set_zero(self._configs))
 
-    def undo() -> None:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+    def show(self) -> None:
+        """The forward pass that began last ended, however it did."""
+        _set_back(self._hidden.pop())
 
-    return undo
+    def restore(self) -> None:
+        """Leave the model as it was found."""
+        while self._hidden:
+            self.show()
+        _set_back(self._of_modules)
+
+
+Named = tuple[Any, str]
+Kept = tuple[Any, str, float]
+
+
+def _named(owners: Iterable[Any]) -> list[Named]:
+    """Where such weights stand: owner and name."""
+    return [
+        (owner, name)
+        for owner in owners
+        for name in COEFFICIENTS
+        if isinstance(value := vars(owner).get(name), int | float) and not isinstance(value, bool)
+    ]
+
+
+def _set_zero(named: Iterable[Named]) -> list[Kept]:
+    kept = [(owner, name, getattr(owner, name)) for owner, name in named]
+    kept = [(owner, name, value) for owner, name, value in kept if value]
+    for owner, name, value in kept:
+        setattr(owner, name, type(value)(0))
+    return kept
+
+
+def _set_back(kept: Iterable[Kept]) -> None:
+    for owner, name, value in kept:
+        setattr(owner, name, value)
 
 
 def _configs_of(model: nn.Module) -> Iterator[Any]:

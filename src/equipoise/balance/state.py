@@ -24,6 +24,7 @@ def state_dict(handle: Handle) -> dict[str, Any]:
         )
     return {
         "version": VERSION,
+        "family": _family(handle),
         "layers": [[site.path, site.num_experts, site.top_k] for site in handle.sites],
         "losses": [loss.name for loss in book.losses],
         "controller": _controller(handle),
@@ -51,6 +52,7 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
         raise EquipoiseError(
             f"load_state_dict: {', '.join(missing)} missing; this is not a whole balance state."
         )
+    _same_family(handle, state["family"])
     _same_layers(handle, state["layers"])
     _finite_biases(handle, state["biases"])
     for name, here in (
@@ -81,6 +83,7 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
 
 
 _KEYS = {"layers", "losses", "controller", "step", "biases", "controllers", "scopes", "weights"} | {
+    "family",
     "weight_controllers",
     "last",
     "generators",
@@ -97,6 +100,20 @@ def _finite_biases(handle: Handle, saved: list[Tensor]) -> None:
                 f"load_state_dict: the saved selection bias of {site.path} is {seen}; the layer has "
                 f"{site.num_experts} experts. The state is broken."
             )
+
+
+def _family(handle: Handle) -> str:
+    """What the model is: `config.model_type`, or the name of its class, sharded by FSDP2 or not."""
+    return handle.sites[0].family.removeprefix("FSDP")
+
+
+def _same_family(handle: Handle, saved: str) -> None:
+    """Layers of another family may have the same names and shapes."""
+    if saved != (here := _family(handle)):
+        raise EquipoiseError(
+            f"load_state_dict: the state is of a {saved!r} model, this one is {here!r}. Load it into "
+            "the model that it was saved with, or begin anew without it."
+        )
 
 
 def _same_layers(handle: Handle, saved: list[list[Any]]) -> None:

@@ -109,7 +109,7 @@ class Steps:
         seen = max(int(book.layout.tokens(flat, bank.index).max()) for bank in book.banks)
         expected = book.tokens_expected
         if seen != expected:
-            self._forget()
+            self.forget()
             raise EquipoiseError(
                 f"expect(tokens={expected}): {seen} valid tokens were seen in the step, so its "
                 "losses were weighted wrongly. Count those that are not padding, on all ranks and "
@@ -128,7 +128,7 @@ class Steps:
             dist.all_reduce(found, group=self.book.group)
         bad = found.isnan().nonzero()[:, 0].tolist()
         if bad:
-            self._forget()
+            self.forget()
             raise EquipoiseError(
                 f"{self.layers[bad[0]].site.path}: router scores were NaN or infinite in this "
                 f"step, in {len(bad)} of {len(self.layers)} layers. Biases and weights were left "
@@ -136,11 +136,12 @@ class Steps:
                 "precision."
             )
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the step under way, and what controllers saw of it."""
         self.book.drop_step()
         for state in self.states:
             assert self.bias is not None
-            for name in self.bias.controller.reduce:
+            for name in self.bias.controller.reduce:  # empty when a step begins
                 state[name].zero_()
 
     def counts(self) -> list[Tensor]:

@@ -118,7 +118,9 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any
     ) -> None:
-        """End the balancing step, unless the optimizer does so itself."""
+        """End the balancing step, unless the optimizer does so itself or the terms were taken off."""
+        if not self.handle.attached:
+            return
         if self.handle.optimizer is None or self.handle.optimizer is not _inner(optimizer):
             self.handle.step()
 
@@ -143,8 +145,8 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, *, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Metrics into state.log_history; their means over layers also into the printed log."""
-        if logs is None or "loss" not in logs:
-            return  # of an evaluation, or the summary
+        if logs is None or "loss" not in logs or not self.handle.attached:
+            return  # of an evaluation, the summary, or steps that were not balanced
         metrics = self.handle.metrics()
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
@@ -181,6 +183,11 @@ class BalanceCallback(TrainerCallback):  # type: ignore[misc]
 
 def _refuse_what_is_not_balanced(handle: Handle, args: Any, model: Any) -> None:
     """EquipoiseError where the Trainer runs another model than the handle acts on."""
+    if not handle.attached:
+        raise EquipoiseError(
+            "BalanceCallback: the handle is detached, so nothing would be balanced. attach() again, "
+            "and give the callback the new handle."
+        )
     if getattr(args, "n_gpu", 1) > 1:
         raise EquipoiseError(
             f"BalanceCallback: nn.DataParallel copies the model to {args.n_gpu} GPUs at every step, "
@@ -199,7 +206,7 @@ def _refuse_what_is_not_balanced(handle: Handle, args: Any, model: Any) -> None:
 
 def _group(handle: Handle, args: Any) -> Any:
     """The process group to count over, where attach() could not know it yet; else None."""
-    if handle.book.group is not None or handle.alone or not dist.is_initialized():
+    if handle.book.group is not None or handle.book.alone or not dist.is_initialized():
         return None
     if dist.get_world_size() == 1:
         return None

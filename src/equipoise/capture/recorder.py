@@ -77,10 +77,23 @@ def record(
             f"No router found in {type(model).__name__}, and its config names no experts: it is a"
             " dense model. Pass allow_dense=True for a trace without layers."
         )
+    _refuse_variable(sites)
     ranks = find_ranks(model, data_rank)
     return Recorder(
         model, sites, Path(path), level, every, force, resume, meta or {}, window_tokens, ranks
     )
+
+
+def _refuse_variable(sites: Sequence[RouterSite]) -> None:
+    """A trace has K columns of ids for each layer, and buffers of that width before the first pass."""
+    site = next((site for site in sites if site.variable_top_k), None)
+    if site is not None:
+        raise RoutingError(
+            f"{site.path}: its router gives each token another number of experts"
+            f" ({site.num_experts} experts, {site.top_k} on average), but a trace holds the same"
+            " number for every token. Watch it with site.observe() of equipoise.models.discover, or"
+            " measure it with equipoise.balance.attach(model)."
+        )
 
 
 def _check_arguments(model: object, level: str, every: int, window_tokens: int, both: bool) -> None:

@@ -19,8 +19,12 @@ class ParallelExperts(Experts):
     number; every process of the group has to call it, forward and backward. The gradient of an
     expert's weights is the sum over the group's tokens, so data parallelism must not average these
     over the same group. Each forward waits for the device once, to know how many rows arrive.
+
+    Under one seed in all processes each draws its share of the same experts; on a CPU, of those that
+    `Experts` draws under that seed.
     """
 
+    process_group: dist.ProcessGroup
     _is_expert_parallel = True  # what tells `equipoise.models` that the weights are a share
 
     def __init__(
@@ -39,9 +43,22 @@ class ParallelExperts(Experts):
                 f"num_experts={num_experts} over a group of {world} processes; it has to be a "
                 f"multiple of {world}"
             )
+        # The group before all else: the base class draws the weights, and a share is drawn by rank.
+        object.__setattr__(self, "process_group", process_group)
         super().__init__(num_experts // world, hidden_size, intermediate_size, activation, gated)
-        self.num_experts, self.process_group = num_experts, process_group
+        self.num_experts = num_experts
         self.config = {"num_experts": num_experts}
+
+    def reset_parameters(self) -> None:
+        """Draw the experts of all processes in their order, and keep the own ones."""
+        held = self.held
+        for weight_EOI in (self.inner_proj, self.down_proj):
+            bound = weight_EOI.shape[2] ** -0.5
+            drawn_OI = torch.empty_like(weight_EOI.data[0])
+            for expert in range(len(weight_EOI) * dist.get_world_size(self.process_group)):
+                drawn_OI.uniform_(-bound, bound)
+                if expert in held:
+                    weight_EOI.data[expert - held.start] = drawn_OI
 
     @property
     def held(self) -> range:

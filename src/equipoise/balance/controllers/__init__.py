@@ -12,6 +12,7 @@ from equipoise.balance.controllers.rates import (
     cosine,
     linear,
     warmup,
+    zero_then_constant,
 )
 from equipoise.balance.controllers.rules import (
     MomentumTanh,
@@ -44,4 +45,5 @@ __all__ = [
     "cosine",
     "linear",
     "warmup",
+    "zero_then_constant",
 ]

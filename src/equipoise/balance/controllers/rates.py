@@ -36,6 +36,11 @@ def constant_then_zero(rate: float, steps: int) -> Schedule:
     return partial(_constant_then_zero, rate=rate, steps=_whole(steps))
 
 
+def zero_then_constant(rate: float, steps: int) -> Schedule:
+    """0 for the first `steps` steps, then `rate`: what takes over from `constant_then_zero`."""
+    return partial(_zero_then_constant, rate=rate, steps=_whole(steps))
+
+
 def checked_rate(rate: Rate) -> float | Schedule | tuple[float, ...]:
     """The rate in a form that prints, hashes and pickles; ValueError on a negative or non-finite one."""
     if callable(rate):
@@ -87,3 +92,7 @@ def _warmup(step: int, *, rate: float | Schedule, steps: int) -> float:
 
 def _constant_then_zero(step: int, *, rate: float, steps: int) -> float:
     return rate if step < steps else 0.0
+
+
+def _zero_then_constant(step: int, *, rate: float, steps: int) -> float:
+    return 0.0 if step < steps else rate
