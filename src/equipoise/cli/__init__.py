@@ -15,9 +15,11 @@ from typer.core import TyperGroup
 from equipoise.cli.dead import dead
 from equipoise.cli.diff import diff
 from equipoise.cli.info import info
+from equipoise.cli.lab import lab
 from equipoise.cli.report import report
 from equipoise.cli.stats import stats
 from equipoise.cli.trace import trace
+from equipoise.cli.train import train
 from equipoise.errors import EquipoiseError, nearest
 
 
@@ -40,13 +42,14 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="equipoise",
-    help="Record which experts of a Mixture-of-Experts model carry the load, and read the record.",
+    help="Record which experts of a Mixture-of-Experts model carry the load, read the record, and train "
+    "small models to see what balancing does.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (trace, info, stats, dead, diff, report):
+for _command in (trace, info, stats, dead, diff, report, train, lab):
     app.command()(_command)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from equipoise.cli.common import say, size_of
+from equipoise.cli.progress import progress
 
 
 def trace(
@@ -329,52 +330,15 @@ def _finished(recorder: Any, output: Path) -> Iterator[None]:
 
 @contextmanager
 def _progress(quiet: bool, task: str) -> Iterator[Callable[[int, int, int, float], None] | None]:
-    """A bar with speed and an estimate on a terminal; a line now and then off it."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    what = "questions" if task == "mmlu" else "pieces"
-    terminal = Console(stderr=True)
-    if not terminal.is_terminal:
-        yield _lines(what)
-        return
-    bar = Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        console=terminal,
-    )
-    with bar:
-        job = bar.add_task(what, total=None, speed="")
-
-        def update(done: int, total: int, tokens: int, seconds: float) -> None:
-            speed = f"{tokens / seconds:,.0f} tokens/s" if seconds else ""
-            bar.update(job, completed=done, total=total, speed=speed)
-
-        yield update
-
-
-def _lines(what: str) -> Callable[[int, int, int, float], None]:
-    """Progress for a log file: a line at most every ten seconds."""
-    last = [0.0]
-
-    def update(done: int, total: int, tokens: int, seconds: float) -> None:
-        if seconds - last[0] < 10 and done < total:
+    """What the runners call: done, total, tokens and seconds so far."""
+    with progress("questions" if task == "mmlu" else "pieces", quiet=quiet) as update:
+        if update is None:
+            yield None
             return
-        last[0] = seconds
-        speed = tokens / seconds if seconds else 0.0
-        left = seconds / done * (total - done) if done else 0.0
-        say(f"{done:,} of {total:,} {what}, {speed:,.0f} tokens/s, {left:,.0f} s left")
 
-    return update
+        def shown(done: int, total: int, tokens: int, seconds: float) -> None:
+            speed = tokens / seconds if seconds else 0.0
+            left = seconds / done * (total - done) if done else 0.0
+            update(done, total, f"{speed:,.0f} tokens/s", left)
+
+        yield shown

@@ -10,6 +10,7 @@
 | `trainer`, `optim`, `processes`, `states` | training, resuming, one process or several |
 | `meter`, `evaluate` | loads in training; losses and loads on held-out text by domain |
 | `folder`, `weights`, `export` | a run's folder; its weights, also as a transformers model |
+| `stopping`, `saving`, `diagnosis` | Ctrl-C; a full disk; where NaN came from |
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from equipoise.lab.config import Config, DataConfig, ModelConfig, OptimizerConfig
     from equipoise.lab.corpus import load_corpus
-    from equipoise.lab.evaluate import evaluate
     from equipoise.lab.model import LanguageModel
     from equipoise.lab.recipes import RECIPES, recipe
     from equipoise.lab.trainer import train
@@ -34,7 +34,6 @@ _HOMES = {
     "LanguageModel": "model",
     "RECIPES": "recipes",
     "recipe": "recipes",
-    "evaluate": "evaluate",
     "load": "weights",
     "load_corpus": "corpus",
     "train": "trainer",
@@ -46,7 +45,6 @@ __all__ = [
     "LanguageModel",
     "ModelConfig",
     "OptimizerConfig",
-    "evaluate",
     "load",
     "load_corpus",
     "recipe",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from equipoise.capture.text import Document, load_text
 from equipoise.errors import EquipoiseError, nearest
 from equipoise.lab.config import SMALLEST_VOCABULARY, DataConfig
+from equipoise.lab.saving import saving
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -80,8 +82,8 @@ def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
     domains = tuple(
         Domain(
             entry["name"],
-            np.load(folder / f"{entry['name']}.train.npy", mmap_mode="r"),
-            np.load(folder / f"{entry['name']}.held-out.npy", mmap_mode="r"),
+            np.load(_file(folder, entry["name"], "train"), mmap_mode="r"),
+            np.load(_file(folder, entry["name"], "held-out"), mmap_mode="r"),
             entry["held_out_bytes"],
         )
         for entry in meta["domains"]
@@ -110,27 +112,45 @@ def _digest(config: DataConfig) -> str:
     return hashed.hexdigest()[:16]
 
 
+def _file(folder: Path, domain: str, part: str) -> Path:
+    """A domain's name may hold what a file's may not, such as a slash."""
+    return folder / f"{quote(domain, safe=' ')}.{part}.npy"
+
+
 def _prepare(config: DataConfig, folder: Path, say: Say) -> None:
     texts = _by_domain(config)
     say(f"Making a vocabulary of {config.vocab_size} from {len(texts)} domains")
     tokenizer = train_tokenizer(texts, config.vocab_size)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    entries = []
     try:
-        for name, documents in texts.items():
-            train, held_out, size = _streams(name, documents, tokenizer, config)
-            np.save(unfinished / f"{name}.train.npy", train)
-            np.save(unfinished / f"{name}.held-out.npy", held_out)
-            entries.append({"name": name, "held_out_bytes": size})
-            say(f"  {name}: {len(train):,} tokens to train on, {len(held_out):,} held out")
-        tokenizer.save(str(unfinished / "tokenizer.json"))
-        meta = {"settings": asdict(config), "domains": entries}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if not folder.exists():  # another process may have been faster
-            unfinished.rename(folder)
+        with saving(unfinished):
+            unfinished.mkdir(parents=True, exist_ok=True)
+            entries = [
+                _write_domain(unfinished, name, documents, tokenizer, config, say)
+                for name, documents in texts.items()
+            ]
+            tokenizer.save(str(unfinished / "tokenizer.json"))
+            meta = {"settings": asdict(config), "domains": entries}
+            (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            if not folder.exists():  # another process may have been faster
+                unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_domain(
+    folder: Path,
+    name: str,
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    say: Say,
+) -> dict[str, Any]:
+    train, held_out, size = _streams(name, documents, tokenizer, config)
+    np.save(_file(folder, name, "train"), train)
+    np.save(_file(folder, name, "held-out"), held_out)
+    say(f"  {name}: {len(train):,} tokens to train on, {len(held_out):,} held out")
+    return {"name": name, "held_out_bytes": size}
 
 
 def _by_domain(config: DataConfig) -> dict[str, list[str]]:
@@ -197,17 +217,20 @@ def _streams(
     """Tokens to train on, tokens held out, and the bytes of text of the latter.
 
     Documents are shuffled; the first ones are held out until there are enough tokens, the last of
-    them cut where it is far too long for that (a book), the rest of it being trained on.
+    them cut where it is far too long for that (a book), the rest of it being trained on. Another
+    copy of a document that is held out is dropped.
     """
     order = np.random.default_rng(0).permutation(len(documents))
-    encoded = _encoded([documents[i] for i in order], tokenizer)
+    shuffled = [documents[i] for i in order]
     held: list[Ids] = []
     train: list[Ids] = []
+    seen: set[str] = set()
     missing = config.held_out_tokens
-    for ids in encoded:
-        if missing <= 0:
-            train.append(ids)
+    for text, ids in zip(shuffled, _encoded(shuffled, tokenizer), strict=True):
+        if missing <= 0 or text in seen:
+            train += [ids] if text not in seen else []
             continue
+        seen.add(text)
         cut = missing if len(ids) > 2 * missing else len(ids)
         held.append(ids[:cut])
         train.append(ids[cut:])

@@ -104,7 +104,7 @@ def evaluate(
     losses, seen, counts, sums, recorder = [], [], [], [], None
     try:
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.no_grad())
             meter = stack.enter_context(Meter(model))
             meter.scores = True
             if trace is not None:
@@ -131,15 +131,16 @@ def evaluate(
 
 @contextmanager
 def _recording(model: LanguageModel, path: Path) -> Iterator[Any]:
+    """Of several processes each evaluates all: the first one's rows count, the others' check them."""
     import equipoise
 
-    with equipoise.record(model, path, level="counts", force=True) as recorder:
+    with equipoise.record(model, path, level="counts", force=True, data_rank=0) as recorder:
         yield recorder
 
 
 def _losses(model: LanguageModel, rows: Tensor, recorder: Any, domain: str) -> float:
     total, device = 0.0, next(model.parameters()).device
-    for part in rows.split(ROWS):
+    for part in torch.split(rows, ROWS):
         part = part.to(device)
         ids, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
         with ExitStack() as stack:

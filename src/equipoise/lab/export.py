@@ -183,7 +183,8 @@ def weights_of(model: LanguageModel, target: Target) -> Weights:
     }
     if not model.config.tied:
         found["lm_head.weight"] = model.head.weight
-    for index, block in enumerate(model.blocks):
+    blocks: Any = model.blocks
+    for index, block in enumerate(blocks):
         prefix = f"model.layers.{index}."
         found[f"{prefix}input_layernorm.weight"] = block.attention_norm.weight
         found[f"{prefix}post_attention_layernorm.weight"] = block.mlp_norm.weight
@@ -211,7 +212,7 @@ def _attention(attention: Any, target: Target) -> Weights:
 def neighbours(weight_HCD: Tensor, width: int) -> Tensor:
     """Rows of each head in the order 0, C/2, 1, C/2 + 1, ...: rotary pairs become neighbours."""
     rows = torch.arange(width).view(2, -1).t().flatten()
-    return weight_HCD.unflatten(0, (-1, width))[:, rows].flatten(0, 1)
+    return weight_HCD.view(-1, width, weight_HCD.shape[1])[:, rows].flatten(0, 1)
 
 
 def _halves(weight: Tensor, down: Tensor) -> Weights:

@@ -23,6 +23,7 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 8.0, height: float
     except ImportError as error:
         raise EquipoiseError("figures need: pip install 'equipoise[lab]'.") from error
     mpl.use("Agg")
+    from cycler import cycler  # comes with matplotlib
     from matplotlib import pyplot as plt
 
     mpl.rcParams.update(
@@ -35,7 +36,7 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 8.0, height: float
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.color": "#e4e4e4",
-            "axes.prop_cycle": mpl.cycler(color=list(COLOURS)),
+            "axes.prop_cycle": cycler(color=list(COLOURS)),
             "legend.frameon": False,
             "figure.constrained_layout.use": True,
         }
@@ -71,6 +72,8 @@ def lines(
         axis.axhline(floor, color="#888888", linewidth=0.9, linestyle=":", label="chance")
     if log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axis.set(title=title, xlabel=x, ylabel=y)
 
 

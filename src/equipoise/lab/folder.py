@@ -7,9 +7,10 @@
 | `metrics.parquet` | a row per optimizer step: loss, rate, time, gradient norm, counts [L x E] |
 | `evaluations.json` | losses and counts by domain, for each evaluation |
 | `result.json` | written last: what the run came to |
-| `checkpoint-<rank>.pt` | while it is not finished |
+| `checkpoint-<step>-<rank>of<ranks>.pt` | while it is not finished |
 | `model/`, `weights.safetensors` | for transformers; where no architecture of its fits, for this package |
 | `trace/` | routing of the last evaluation |
+| `figures/` | loss and load over training |
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, differences
+from equipoise.lab.saving import saving
 
 LABELS = ("name", "checkpoint_seconds", "threads", "data.cache", "data.source")
 """Settings that may differ between a run and its resumption: they change no number of it, but for
@@ -43,17 +46,13 @@ class RunFolder:
         """The run came to its end."""
         return (self.path / "result.json").exists()
 
-    def begin(self, config: Config, digest: str) -> None:
-        """Make the folder, or find that it is of this same run; EquipoiseError where it is not."""
-        file = self.path / "config.json"
-        if not file.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+    def check(self, config: Config, digest: str) -> None:
+        """Raise EquipoiseError where the folder holds something else than this run."""
+        if not (self.path / "config.json").exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise EquipoiseError(
                     f"{self.path} is not empty and is no run's folder; choose another with --out."
                 )
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write("environment.json", {**environment(), "tokens": digest})
-            write_text(file, config.to_json())
             return
         other = differences(config, self.config())
         told = {key: values for key, values in other.items() if key not in LABELS}
@@ -64,12 +63,36 @@ class RunFolder:
                 f"{self.path} holds a run with {key}={theirs}, not {ours}{more}: choose another "
                 "folder with --out, or --force to begin anew here."
             )
-        before = self.read("environment.json")["tokens"]
+        before = self.read("environment.json")["tokens"] if self._described else digest
         if before != digest:
             raise EquipoiseError(
                 f"{self.path} was begun on other text ({before}) than is there now ({digest}): "
                 "choose another folder with --out, or --force to begin anew here."
             )
+
+    def begin(self, config: Config, digest: str, *, force: bool = False) -> None:
+        """Make the folder, or find that it is of this same run; EquipoiseError where it is not.
+
+        force: throw away the run that is there.
+        """
+        if force and self.path.exists():
+            self._remove()
+        self.check(config, digest)
+        if not (self.path / "config.json").exists():
+            with saving(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.json", config.to_json())
+        if not self._described:
+            self.write("environment.json", {**environment(), "tokens": digest})
+
+    @property
+    def _described(self) -> bool:
+        return (self.path / "environment.json").exists()
+
+    def _remove(self) -> None:
+        if not (self.path / "config.json").exists():
+            raise EquipoiseError(f"--force: {self.path} is no run's folder, and is left alone.")
+        shutil.rmtree(self.path)
 
     def config(self) -> Config:
         """The settings of the run that is there."""
@@ -95,7 +118,7 @@ class RunFolder:
         unfinished = self.path / "metrics.tmp"
         with saving(unfinished):
             pq.write_table(table, unfinished, compression="zstd")
-        unfinished.replace(self.path / "metrics.parquet")
+            unfinished.replace(self.path / "metrics.parquet")
 
     def metrics(self) -> Any:
         """A table with a row per optimizer step."""
@@ -103,18 +126,40 @@ class RunFolder:
 
         return pq.read_table(self.path / "metrics.parquet")
 
-    def save_checkpoint(self, state: Any, rank: int) -> None:
-        """What to go on from; the one before stays until this one is whole."""
-        unfinished = self.path / f"checkpoint-{rank}.tmp"
+    def save_checkpoint(self, state: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> None:
+        """What one process goes on from, after step `state["step"]`; earlier ones stay."""
+        file = self.path / f"checkpoint-{state['step']:08d}-{rank}of{ranks}.pt"
+        unfinished = file.with_suffix(".tmp")
         with saving(unfinished):
             torch.save(state, unfinished)
-        unfinished.replace(self.path / f"checkpoint-{rank}.pt")
+            unfinished.replace(file)
 
-    def load_checkpoint(self, rank: int) -> Any | None:
-        """The last whole checkpoint, or None."""
-        file = self.path / f"checkpoint-{rank}.pt"
-        if not file.exists():
+    def keep_checkpoint(self, step: int, rank: int = 0, ranks: int = 1) -> None:
+        """Remove a process's checkpoints of other steps, once all processes have that of `step`."""
+        for file in self.path.glob(f"checkpoint-*-{rank}of{ranks}.*"):
+            if file.name != f"checkpoint-{step:08d}-{rank}of{ranks}.pt":
+                file.unlink()
+
+    def load_checkpoint(self, rank: int = 0, ranks: int = 1) -> Any | None:
+        """The last checkpoint that all `ranks` processes have, that of `rank`; or None.
+
+        Raises EquipoiseError where the run was begun with another number of processes.
+        """
+        found: dict[tuple[int, str], int] = {}
+        for file in self.path.glob("checkpoint-*of*.pt"):
+            _, step, place = file.stem.split("-")
+            key = int(place.split("of")[1]), step
+            found[key] = found.get(key, 0) + 1
+        whole = {key for key, files in found.items() if files == key[0]}
+        if not whole:
             return None
+        steps = [step for begun, step in whole if begun == ranks]
+        if not steps:
+            raise EquipoiseError(
+                f"{self.path} was begun with {min(whole)[0]} processes, and this is {ranks}: start "
+                "it with as many."
+            )
+        file = self.path / f"checkpoint-{max(steps)}-{rank}of{ranks}.pt"
         return torch.load(file, map_location="cpu", weights_only=False)
 
     def remove_checkpoints(self) -> None:
@@ -123,33 +168,12 @@ class RunFolder:
             file.unlink()
 
 
-class saving:  # noqa: N801 - reads as a word: with saving(path)
-    """Turns a write that failed into one line, and leaves no half file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if error is None:
-            return
-        self.path.unlink(missing_ok=True)
-        disk = isinstance(error, OSError) or "write" in str(error).lower()
-        if isinstance(error, OSError | RuntimeError) and disk:
-            raise EquipoiseError(
-                f"{self.path.parent} cannot be written ({error}). What was saved before is whole: "
-                "make room and run the same command again."
-            ) from error
-
-
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
     with saving(unfinished):
         unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+        unfinished.replace(path)
 
 
 def environment() -> dict[str, Any]:
@@ -167,11 +191,16 @@ def environment() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the package's own checkout, "+" where it was changed since; None outside one."""
-    here = Path(__file__).parent
+    if not _git("ls-files", Path(__file__).name):  # installed into somebody's environment
+        return None
+    return _git("describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
-            cwd=here,
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             timeout=10,

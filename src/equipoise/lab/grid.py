@@ -149,9 +149,11 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
     from equipoise.lab.trainer import train
 
     config = Config.from_json(text)
-    last = [0.0]
+    last, parent = [0.0], os.getppid()
 
     def progress(now: Any) -> None:
+        if os.getppid() != parent:
+            raise SystemExit("the grid is gone")  # killed; its next start goes on from a checkpoint
         if time.monotonic() - last[0] > EVERY / 4 or now.step == now.steps:
             last[0] = time.monotonic()
             news.put((number, "progress", now))

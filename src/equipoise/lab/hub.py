@@ -41,8 +41,17 @@ def load_dataset_text(config: DataConfig) -> Sequence[Document]:
         Document(
             default if config.domain_field is None else str(row[config.domain_field]),
             str(number),
-            row[config.text_field],
+            _text_of(row[config.text_field], number, config),
         )
         for number, row in enumerate(rows)
-        if row[config.text_field]
+        if row[config.text_field] not in (None, "")
     ]
+
+
+def _text_of(value: object, number: int, config: DataConfig) -> str:
+    if not isinstance(value, str):
+        raise EquipoiseError(
+            f"data set {config.source}, row {number}: {config.text_field!r} is a "
+            f"{type(value).__name__}, not a text; name another field with data.text_field."
+        )
+    return value

@@ -23,7 +23,7 @@ def linear_cross_entropy(
     The gradient is made in the forward pass, chunk by chunk, from the same exponentials.
     """
     if reduction == "none":
-        parts = zip(hidden_TD.split(CHUNK), targets_T.split(CHUNK), strict=True)
+        parts = zip(torch.split(hidden_TD, CHUNK), torch.split(targets_T, CHUNK), strict=True)
         return torch.cat(
             [F.cross_entropy(F.linear(h, weight_VD).float(), y, reduction="none") for h, y in parts]
         )
@@ -57,11 +57,11 @@ def _chunk(
 ) -> Tensor:
     """Sum of the losses of some rows; their gradients go into grad_TD, and are added to grad_VD."""
     logits_TV = hidden_TD @ weight_VD.t()
-    highest_T1 = logits_TV.amax(1, keepdim=True)
-    picked_T1 = logits_TV.gather(1, targets_T[:, None])
-    scores_TV = logits_TV.sub_(highest_T1).exp_()
+    shifted_TV = logits_TV.sub_(logits_TV.amax(1, keepdim=True))
+    picked_T1 = shifted_TV.gather(1, targets_T[:, None])
+    scores_TV = shifted_TV.exp_()
     sums_T1 = scores_TV.sum(1, keepdim=True)
-    losses_T1 = sums_T1.log() + highest_T1 - picked_T1
+    losses_T1 = sums_T1.log() - picked_T1
     error_TV = scores_TV.div_(sums_T1)
     error_TV.scatter_add_(1, targets_T[:, None], error_TV.new_full(targets_T[:, None].shape, -1.0))
     torch.mm(error_TV, weight_VD, out=grad_TD)

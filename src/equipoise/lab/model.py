@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from equipoise.lab.config import ModelConfig
+from equipoise.lab.fused import RMSNorm, rotated
 from equipoise.lab.loss import linear_cross_entropy
-from equipoise.lab.routers import make_capacity, make_router
+from equipoise.lab.routers import make_capacity, make_router, soft_slots
 from equipoise.lab.terms import one
 from equipoise.nn import Experts, MoELayer, ParallelExperts, SoftMoE, token_ids
 
@@ -35,23 +36,14 @@ class Attention(nn.Module):
         """Attention's output [B, S, D]."""
         rows, length, _ = hidden_BSD.shape
         heads = self.qkv_proj(hidden_BSD).view(rows, length, -1, self.width).transpose(1, 2)
-        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        out_BHSC = F.scaled_dot_product_attention(
-            rotated(query, cos_SC, sin_SC),
-            rotated(key, cos_SC, sin_SC),
-            value,
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.heads,
+        turned = rotated(heads[:, : -self.kv_heads], cos_SC, sin_SC)
+        query, key = turned[:, : self.heads], turned[:, self.heads :]
+        value = heads[:, -self.kv_heads :]
+        mixed_BHSC = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.kv_heads != self.heads
         )
-        out: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(mixed_BHSC.transpose(1, 2).flatten(2))
         return out
-
-
-def rotated(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Heads turned by their positions' angles (Su et al., arXiv 2104.09864)."""
-    first, second = x_BHSC.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BHSC * cos_SC + turned * sin_SC).to(x_BHSC.dtype)
 
 
 class Dense(nn.Module):
@@ -74,9 +66,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mlp: nn.Module) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = mlp
 
     def forward(self, hidden_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
@@ -102,7 +94,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, self._mlp(index, group)) for index in range(config.layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
@@ -116,8 +108,7 @@ class LanguageModel(nn.Module):
             return Dense(config.hidden_size, config.dense_size)
         if one(config.router).name == "soft":
             experts = Experts(config.experts, config.hidden_size, config.expert_size)
-            slots = dict(one(config.router).options).get("slots", 1)
-            return SoftMoE(config.hidden_size, experts, slots=slots)
+            return SoftMoE(config.hidden_size, experts, slots=soft_slots(config))
         return MoELayer(
             config.hidden_size,
             config.expert_size,
@@ -205,10 +196,13 @@ def _angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def parameters_of(model: LanguageModel) -> dict[str, int]:
-    """Parameters in all, and those that a token uses (its top-k of the experts)."""
+    """Parameters in all, on all processes, and those that a token uses (its top-k of the experts)."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in model.moe_layers():
-        experts = sum(p.numel() for p in layer.experts.parameters())
+        experts = here = sum(p.numel() for p in layer.experts.parameters())
+        if isinstance(layer.experts, ParallelExperts):
+            experts *= layer.num_experts // len(layer.experts.held)
+        total += experts - here
         idle += experts * (layer.num_experts - layer.top_k) // layer.num_experts
     return {"total": total, "active": total - idle}

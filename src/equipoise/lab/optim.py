@@ -54,7 +54,7 @@ class Muon(torch.optim.AdamW):
     momentum = 0.95
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both kinds."""
         aside: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
@@ -75,6 +75,7 @@ class Muon(torch.optim.AdamW):
         assert parameter.grad is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            state["step"] = torch.zeros(())  # AdamW looks for it in every saved state
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - self.momentum)
         update = orthogonalised(parameter.grad.lerp(buffer, self.momentum))
         rows, columns = parameter.shape[-2:]
@@ -90,14 +91,14 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     singular values end between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.bfloat16().reshape(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 def rate_at(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
 from equipoise.lab.model import LanguageModel
+from equipoise.lab.terms import one
 from equipoise.nn import ParallelExperts
 
 
@@ -29,17 +33,20 @@ class Processes:
         except ImportError as error:
             raise EquipoiseError("training needs: pip install 'equipoise[lab]'.") from error
         cpu = not torch.cuda.is_available()
-        precision = "bf16" if config.precision == "bfloat16" else "no"
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+        # Autocast is ours: Accelerate refuses a second run of another precision in one process.
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
         self.config, self.device = config, self.accelerator.device
-        self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.count: int = self.accelerator.num_processes
         if cpu:
             torch.set_num_threads(config.threads)
+            _keep_memory()
         self.check()
 
     def check(self) -> None:
         """Raise EquipoiseError where the config does not fit so many processes."""
         config = self.config
+        self._check_device()
         if config.batch_rows % (config.micro_rows * self.count):
             raise EquipoiseError(
                 f"batch_rows={config.batch_rows} cannot be shared out over {self.count} processes "
@@ -57,10 +64,31 @@ class Processes:
                     f"{config.model.experts} over {self.count} processes: it takes parallel=ddp and "
                     "a multiple of the processes."
                 )
-        if self.count > 1 and config.parallel == "fsdp2" and config.optimizer.name == "muon":
+        if one(config.model.router).name == "soft" and (self.sharded or config.expert_parallel):
+            raise EquipoiseError(
+                f"model.router={config.model.router!r} with parallel={config.parallel} and "
+                f"expert_parallel={config.expert_parallel}: its layers take parallel=ddp, and every "
+                "process all experts."
+            )
+        if self.sharded and config.optimizer.name == "muon":
             raise EquipoiseError(
                 "optimizer.name=muon needs whole matrices, which parallel=fsdp2 cuts: use "
                 "parallel=ddp or optimizer.name=adamw."
+            )
+
+    def _check_device(self) -> None:
+        kind = self.accelerator.distributed_type
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise EquipoiseError(
+                f"accelerate is set up for {kind.value}, which this trainer leaves to its own "
+                "parallel=ddp and parallel=fsdp2: launch with a plain multi-process setting."
+            )
+        if self.config.precision != "bfloat16" or self.device.type != "cuda":
+            return
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise EquipoiseError(
+                f"precision=bfloat16: {torch.cuda.get_device_name()} does not compute in it; use "
+                "precision=float32."
             )
 
     @property
@@ -69,35 +97,43 @@ class Processes:
         return self.rank == 0
 
     @property
+    def sharded(self) -> bool:
+        """Parameters are cut up over the processes."""
+        return self.count > 1 and self.config.parallel == "fsdp2"
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that share a batch, or None for one by itself."""
+        return dist.group.WORLD if self.count > 1 else None
+
+    @property
     def micro_batches(self) -> int:
         """Of this process, in one optimizer step."""
         return self.config.batch_rows // (self.config.micro_rows * self.count)
 
     @property
-    def expert_group(self) -> Any:
+    def expert_group(self) -> dist.ProcessGroup | None:
         """The processes that share out the experts, or None."""
         return dist.group.WORLD if self.config.expert_parallel else None
 
     def wrap(self, model: LanguageModel) -> nn.Module:
         """The model as it is called in training."""
         model.to(self.device)
-        if self.count > 1 and self.config.parallel == "fsdp2":
-            return self._sharded(model)
+        if self.sharded:
+            return self._shard(model)
         if self.config.expert_parallel:
             self._keep_apart(model)
         wrapped: nn.Module = self.accelerator.prepare_model(model)
         return wrapped
 
-    def _sharded(self, model: LanguageModel) -> nn.Module:
+    def _shard(self, model: LanguageModel) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.count,))
-        kind = torch.bfloat16 if self.config.precision == "bfloat16" else None
-        policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return model
 
     def _keep_apart(self, model: LanguageModel) -> None:
@@ -107,39 +143,39 @@ class Processes:
             if isinstance(module, ParallelExperts):
                 for inner, parameter in module.named_parameters():
                     names.append(f"{name}.{inner}")
-                    parameter.register_hook(lambda grad: grad / self.count)
+                    parameter.register_hook(lambda g: g / self.count)  # type: ignore[no-untyped-call]
                     parameter._expert_share = True  # type: ignore[attr-defined]
         ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(model, names)
+        ignore(model, names)  # type: ignore[no-untyped-call]
 
-    def waiting(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Hold gradients back until the last micro-batch of a step."""
-        if last or self.count == 1:
-            return nullcontext()
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            return model.no_sync()  # type: ignore[no-any-return]
-        return nullcontext()
+    @contextmanager
+    def micro_batch(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Forward and backward of a micro-batch: gradients are reduced in the last of a step."""
+        if self.sharded:
+            cast(Any, model).set_requires_gradient_sync(last)
+        elif isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+            with model.no_sync():
+                yield
+            return
+        yield
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision of a forward pass."""
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
-        return context
+        bfloat16 = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
     def clip(self, model: nn.Module, largest: float) -> float:
         """Scale gradients to a norm of at most `largest` (0 does not); the norm over all processes."""
-        whole, shares = [], []
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                apart = getattr(parameter, "_expert_share", False)
-                (shares if apart else whole).append(parameter.grad)
-        square = _square(whole)
-        if self.config.expert_parallel:
-            theirs = _square(shares)
-            dist.all_reduce(theirs)
-            square = square + theirs
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        apart = [p.grad for p in model.parameters() if getattr(p, "_expert_share", False)]
+        shares = grads if self.sharded else [grad for grad in apart if grad is not None]
+        held = {id(grad) for grad in shares}
+        square = _square([grad for grad in grads if id(grad) not in held], self.device)
+        if self.sharded or self.config.expert_parallel:
+            square = square + self.total(_square(shares, self.device))
         norm = math.sqrt(float(square))
         if largest > 0 and norm > largest:
-            torch._foreach_mul_([*whole, *shares], largest / norm)
+            torch._foreach_mul_([_local(grad) for grad in grads], largest / norm)
         return norm
 
     def total(self, values: Tensor) -> Tensor:
@@ -152,14 +188,60 @@ class Processes:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def told(self, value: Any) -> list[Any]:
+        """What each process says, in order of rank."""
+        if self.count == 1:
+            return [value]
+        said: list[Any] = [None] * self.count
+        dist.all_gather_object(said, value)
+        return said
 
-def _square(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros(())
-    square = torch.stack([norm * norm for norm in torch._foreach_norm(grads)]).sum()
-    return square.full_tensor() if hasattr(square, "full_tensor") else square
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An EquipoiseError on one process is raised on all, so that none waits for another."""
+        if self.count == 1:
+            yield
+            return
+        error: EquipoiseError | None = None
+        try:
+            yield
+        except EquipoiseError as raised:
+            error = raised
+        said = [text for text in self.told(None if error is None else str(error)) if text]
+        if said:
+            raise EquipoiseError(said[0]) from error
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _square(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of this process's parts, float32."""
+    parts = [_local(grad) for grad in grads]
+    if not parts:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(parts)).square().sum()
 
 
 def launched() -> bool:
     """Whether this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what is freed: pages given back and taken again cost a sixth of a step."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        c = ctypes.CDLL("libc.so.6")
+        c.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        c.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        return  # another C library
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""As malloc.h numbers them."""

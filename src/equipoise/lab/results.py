@@ -94,7 +94,8 @@ class Result:
     @cached_property
     def max_vio_batch(self) -> Values:
         """MaxVio of every step's tokens, mean over layers, [N]."""
-        return np.asarray(load.max_vio(self.counts), dtype=np.float64).mean(1)
+        found: Values = np.asarray(load.max_vio(self.counts), dtype=np.float64).mean(1)
+        return found
 
     @property
     def step_seconds(self) -> float:

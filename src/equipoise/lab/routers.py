@@ -48,6 +48,30 @@ def check_router(model: ModelConfig, call: Call) -> None:
             f"model.capacity={model.capacity!r} is for routers with a fixed top-k, not "
             f"model.router={call.name!r}."
         )
+    _check_options(model, call)
+
+
+def _check_options(model: ModelConfig, call: Call) -> None:
+    """Refuse options that the router or the capacity does not have, before any text is read."""
+    make_capacity(model)
+    if call.name == "soft":
+        make(call, {"soft": _soft_slots}, "router")
+    elif call.options:
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            make_router(model, 1)
+
+
+def _soft_slots(*, slots: int = 1) -> int:
+    if not isinstance(slots, int) or slots < 1:
+        raise ValueError(f"slots={slots!r}; it has to be a whole number, at least 1")
+    return slots
+
+
+def soft_slots(model: ModelConfig) -> int:
+    """Slots of each expert of a "soft" layer."""
+    return int(make(one(model.router), {"soft": _soft_slots}, "router"))
 
 
 def _weighting(call: Call) -> str:
@@ -68,18 +92,22 @@ def make_router(model: ModelConfig, vocab_size: int) -> Any:
         def maker(*, precision: str = "float32", **options: Any) -> Any:
             settings = {"score_function": function, "weighting": weighting, **fixed, **options}
             for name in ("noise", "selection"):
-                if isinstance(settings.get(name), Call):
-                    settings[name] = make(settings[name], parts, name)
+                part = settings.get(name)
+                if isinstance(part, str | Call):
+                    settings[name] = make(
+                        Call(part) if isinstance(part, str) else part, parts, name
+                    )
             if precision not in ("float32", "bfloat16"):
                 raise ValueError(f"precision={precision!r} is not one of float32, bfloat16")
             router = nn.TopKRouter(*shape, **settings)
             router.precision = getattr(torch, precision)
             return router
 
+        maker.options_for = nn.TopKRouter  # type: ignore[attr-defined]
         return maker
 
     parts: dict[str, Callable[..., Any]] = {
-        "learned": lambda **o: nn.LearnedNoise(model.hidden_size, model.experts, **o),
+        "learned": _with(nn.LearnedNoise, model.hidden_size, model.experts),
         "fixed": nn.FixedNoise,
         "group_limited": nn.GroupLimited,
     }
@@ -94,17 +122,27 @@ def make_router(model: ModelConfig, vocab_size: int) -> Any:
         "hash": lambda: nn.HashRouter(
             model.hidden_size, model.experts, nn.hash_table(vocab_size, model.experts, model.top_k)
         ),
-        "expert_choice": lambda **o: nn.ExpertChoiceRouter(*shape, **o),
-        "expert_threshold": lambda **o: nn.ExpertThresholdRouter(*shape, **o),
-        "relu": lambda **o: nn.ReLURouter(*shape, **o),
+        "expert_choice": _with(nn.ExpertChoiceRouter, *shape),
+        "expert_threshold": _with(nn.ExpertThresholdRouter, *shape),
+        "relu": _with(nn.ReLURouter, *shape),
     }
     return make(one(model.router), makers, "router")
 
 
+def _with(made: Callable[..., Any], *shape: int) -> Callable[..., Any]:
+    """`made` of this shape, its options still to come."""
+
+    def maker(**options: Any) -> Any:
+        return made(*shape, **options)
+
+    maker.options_for = made  # type: ignore[attr-defined]
+    return maker
+
+
 def make_capacity(model: ModelConfig) -> Any:
     """The layer's capacity, or None."""
-    from equipoise import nn
-
     if not parse(model.capacity):
         return None
+    from equipoise import nn
+
     return make(one(model.capacity), {"capacity": nn.Capacity}, "capacity")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from equipoise.lab.model import LanguageModel
 from equipoise.lab.processes import Processes
-
-
-def _sharded(processes: Processes) -> bool:
-    return processes.count > 1 and processes.config.parallel == "fsdp2"
+from equipoise.nn import ParallelExperts
 
 
 def state_of(model: nn.Module, optimizer: Any, processes: Processes) -> dict[str, Any]:
     """What this process keeps: its own weights, or its part of those that are sharded."""
-    if not _sharded(processes):
+    if not processes.sharded:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -27,7 +27,7 @@ def load_state(
     kept: dict[str, Any], model: nn.Module, optimizer: Any, processes: Processes
 ) -> None:
     """Put back what `state_of` gave this process."""
-    if not _sharded(processes):
+    if not processes.sharded:
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         return
@@ -69,12 +69,26 @@ def _placed(like: Any, kept: Any) -> Any:
     return kept
 
 
-def whole_state(model: nn.Module, processes: Processes) -> dict[str, Any]:
-    """All weights, on every process."""
-    state = model.state_dict()
-    if not _sharded(processes):
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return {
-        name: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for name, value in state.items()
-    }
+def whole_state(model: nn.Module, plain: LanguageModel, processes: Processes) -> dict[str, Tensor]:
+    """All weights, on every process; `plain` is the model inside its wrapper."""
+    state = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    if processes.sharded:
+        return {name: _whole(value) for name, value in state.items()}
+    if processes.config.expert_parallel:
+        for path, module in plain.named_modules():
+            if isinstance(module, ParallelExperts):
+                for name, share in module.named_parameters():
+                    state[f"{path}.{name}"] = _gathered(share.detach(), processes)
+    return state
+
+
+def _whole(value: Any) -> Tensor:
+    tensor: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return tensor
+
+
+def _gathered(share: Tensor, processes: Processes) -> Tensor:
+    """The experts of all processes, in order."""
+    parts = [torch.empty_like(share) for _ in range(processes.count)]
+    dist.all_gather(parts, share.contiguous(), group=processes.expert_group)
+    return torch.cat(parts)

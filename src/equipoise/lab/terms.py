@@ -8,10 +8,11 @@ A name with its options, several joined by `+`; names as values need no quotes; 
 from __future__ import annotations
 
 import ast
+import inspect
 import keyword
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from equipoise.errors import EquipoiseError, nearest
@@ -107,20 +108,41 @@ def make(call: Call, makers: Mapping[str, Callable[..., Any]], kind: str, **give
     try:
         return makers[call.name](**given, **dict(call.options))
     except TypeError as error:
-        allowed = _options_of(makers[call.name])
-        said = f"its options are {', '.join(allowed)}" if allowed else str(error)
-        raise EquipoiseError(f"{kind} {call}: {said}.") from error
+        raise EquipoiseError(f"{kind} {call}: {_mistaken(makers[call.name], error)}") from error
     except (ValueError, EquipoiseError) as error:
         raise EquipoiseError(f"{kind} {call}: {error}") from error
 
 
-def _options_of(maker: Callable[..., Any]) -> list[str]:
-    return [field.name for field in fields(maker)] if is_dataclass(maker) else []
+def _mistaken(maker: Callable[..., Any], error: TypeError) -> str:
+    """What a TypeError says about an option, in a user's words."""
+    wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if wrong is None:
+        return f"{error}."
+    allowed = options_of(maker)
+    said = f"there are {', '.join(allowed)}" if allowed else "it takes none"
+    return f"no option {wrong[1]!r}: {said}.{nearest(wrong[1], allowed)}"
+
+
+def options_of(maker: Callable[..., Any]) -> list[str]:
+    """Names of a maker's options; one that hands the rest on says to whom in `options_for`."""
+    kinds = inspect.signature(maker).parameters
+    shape = ("hidden_size", "num_experts", "top_k", "self")
+    named = [n for n, p in kinds.items() if p.kind is not p.VAR_KEYWORD and n not in shape]
+    inner = getattr(maker, "options_for", None)
+    return list(dict.fromkeys([*named, *(options_of(inner) if inner is not None else [])]))
 
 
 def balancing(text: str) -> list[Any]:
-    """The terms for `equipoise.balance.attach` that a line names."""
-    return [make(call, _terms(), "balancing term") for call in parse(text)]
+    """The terms for `equipoise.balance.attach` that a line names; EquipoiseError for two of a kind."""
+    terms = [make(call, _terms(), "balancing term") for call in parse(text)]
+    if terms:
+        from equipoise.balance.arguments import sorted_terms
+
+        try:
+            sorted_terms(terms)
+        except EquipoiseError as error:
+            raise EquipoiseError(f"balance={text!r}: {error}") from error
+    return terms
 
 
 def _terms() -> dict[str, Callable[..., Any]]:
@@ -136,15 +158,18 @@ def _terms() -> dict[str, Callable[..., Any]]:
             convention: str = "equipoise",
             **options: Any,
         ) -> Any:
-            steered = weight if isinstance(weight, Call) else None
+            steered = None
+            if isinstance(weight, Call):
+                found = make(weight, {**weights, **_rates()}, "weight controller or schedule")
+                steered, weight = (found, 1e-3) if weight.name in weights else (None, found)
             return balance.Loss(
                 name,
                 _scope(scope),
-                weight=1e-3 if steered else weight,
+                weight=weight,
                 count=count,
                 convention=convention,
                 options=options,
-                controller=make(steered, WEIGHTS, "weight controller") if steered else None,
+                controller=steered,
             )
 
         return maker
@@ -157,9 +182,10 @@ def _terms() -> dict[str, Callable[..., Any]]:
                 )
             return Bias(controller(**options), scope=scope)
 
+        maker.options_for = controller  # type: ignore[attr-defined]
         return maker
 
-    WEIGHTS: dict[str, Callable[..., Any]] = {
+    weights: dict[str, Callable[..., Any]] = {
         "target_max_vio": controllers.TargetMaxVio,
         "drop_rate": controllers.DropRate,
     }
@@ -198,4 +224,5 @@ def _rates() -> dict[str, Callable[..., Any]]:
         "cosine": controllers.cosine,
         "warmup": controllers.warmup,
         "constant_then_zero": controllers.constant_then_zero,
+        "zero_then_constant": controllers.zero_then_constant,
     }

@@ -11,8 +11,9 @@ from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import load_corpus, tokenizer_for_transformers
 from equipoise.lab.export import target_of, to_transformers
-from equipoise.lab.folder import RunFolder, saving
+from equipoise.lab.folder import RunFolder
 from equipoise.lab.model import LanguageModel
+from equipoise.lab.saving import saving
 from equipoise.lab.states import whole_state
 
 if TYPE_CHECKING:
@@ -23,11 +24,15 @@ FILE = "weights.safetensors"
 
 def save_model(run: Run, path: Path) -> dict[str, Any]:
     """Write the weights, and the model for transformers where an architecture fits; says which."""
-    if run.config.expert_parallel:
-        return {"weights": None, "model": None, "why": "experts are spread over processes"}
-    state = whole_state(run.model, run.processes)
-    if not run.processes.first:
-        return {}
+    state = whole_state(run.model, run.plain, run.processes)
+    found: dict[str, Any] = {}
+    with run.processes.together():
+        if run.processes.first:
+            found = _save(run, state, path)
+    return found
+
+
+def _save(run: Run, state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     _write(state, path / FILE)
     model = rebuilt(run.config, state)
     target = target_of(model)

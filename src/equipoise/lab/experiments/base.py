@@ -45,7 +45,8 @@ class Page:
         """A figure, drawn to <page>-<name>.svg."""
         file = f"{self.name}-{name}.svg"
         self.figures[file] = draw
-        self.blocks.append(f"![{caption}]({file})\n\n*{' '.join(caption.split())}*")
+        caption = " ".join(caption.split())
+        self.blocks.append(f"![{caption}]({file})\n\n*{caption}*")
 
 
 @dataclass(frozen=True)

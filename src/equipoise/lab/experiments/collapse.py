@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
@@ -35,12 +36,13 @@ def configs(tier: str, seeds: int) -> list[Config]:
         },
         "learning rate x 4": {"optimizer.lr": 4 * base.optimizer.lr},
         "top-1": {"model.top_k": 1},
-        "64 experts": {"model.experts": 64},
+        "4 x the experts": {"model.experts": 4 * base.model.experts},
         "router weights x 10": {"model.router_std": 10 * base.model.router_std},
         "all weights x 3": {"model.init_std": 3 * base.model.init_std},
         "one domain at a time": {"data.arrangement": "domain", "micro_rows": base.data.block},
-        "learning rate x 4, top-1, 64 experts": {
-            "optimizer.lr": 4 * base.optimizer.lr, "model.top_k": 1, "model.experts": 64
+        "learning rate x 4, top-1, 4 x the experts": {
+            "optimizer.lr": 4 * base.optimizer.lr, "model.top_k": 1,
+            "model.experts": 4 * base.model.experts,
         },
     }  # fmt: skip
     return seeded([base.change({"name": n, **c}) for n, c in conditions.items()], seeds)
@@ -93,11 +95,16 @@ def _row(name: str, run: Result) -> tuple[str, ...]:
     )
 
 
+def windows(run: Result) -> NDArray[np.int64]:
+    """Selections summed over windows of steps, [W, L, E]."""
+    steps = len(run.counts) // WINDOW * WINDOW
+    summed: NDArray[np.int64] = run.counts[:steps].reshape(-1, WINDOW, *run.counts.shape[1:]).sum(1)
+    return summed
+
+
 def permanence(run: Result) -> tuple[float, float]:
     """Share of cells starved throughout the last quarter; share of the early starved that recover."""
-    steps = len(run.counts) // WINDOW * WINDOW
-    summed = run.counts[:steps].reshape(-1, WINDOW, *run.counts.shape[1:]).sum(1)
-    low_WLE = np.asarray(load.ratio(summed)) < STARVED
+    low_WLE = np.asarray(load.ratio(windows(run))) < STARVED
     always = low_WLE[-max(1, len(low_WLE) // 4) :].all(0).mean()
     early = low_WLE[: len(low_WLE) // 2].any(0)
     recovered = (~low_WLE[-1][early]).mean() if early.any() else np.nan
@@ -107,12 +114,11 @@ def permanence(run: Result) -> tuple[float, float]:
 def _draw_shares(runs: dict[str, Result], path: Path) -> None:
     figure, axes = figures.canvas(2, len(runs))
     for row, (name, run) in zip(axes, runs.items(), strict=True):
-        shares = np.asarray(load.share(run.counts))
-        kernel = np.ones(WINDOW) / WINDOW
+        shares_WLE = np.asarray(load.share(windows(run)))
+        tokens = run.tokens[WINDOW - 1 :: WINDOW][: len(shares_WLE)] / 1e6
         for axis, layer, where in ((row[0], 0, "first"), (row[1], -1, "last")):
-            smoothed = np.apply_along_axis(np.convolve, 0, shares[:, layer], kernel, "valid")
-            tokens = run.tokens[WINDOW - 1 :] / 1e6
-            figures.shares(axis, tokens, smoothed, title=f"{name}: {where} MoE layer")
+            title = f"{name}: {where} MoE layer"
+            figures.shares(axis, tokens, shares_WLE[:, layer], title=title)
     figures.save(figure, path)
 
 

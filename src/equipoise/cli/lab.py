@@ -1,0 +1,67 @@
+"""`equipoise lab`: run an experiment's grid, and write its page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from equipoise.cli.common import say
+
+
+def lab(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Which one; see --list.", show_default=False)
+    ] = None,
+    tier: Annotated[str, typer.Option(help="Sizes for a cpu, or for one gpu.")] = "cpu",
+    seeds: Annotated[int, typer.Option(help="Seeds of every run.", min=1)] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of pages, figures and runs.")] = Path(
+        "docs/lab"
+    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder of the text, a sub-folder per domain.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time; one per core, on a GPU 1.", min=1, show_default=False),
+    ] = None,
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Run nothing: the page from the runs there are.")
+    ] = False,
+    names: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
+) -> None:
+    """Run what is missing of an experiment, and write its page with table and figures.
+
+    Stopped, it goes on where it was: finished runs are kept in the out folder, and are shared by
+    experiments.
+    """
+    from equipoise.errors import EquipoiseError
+
+    if names or experiment is None:
+        from equipoise.lab.experiments import EXPERIMENTS
+
+        for name, found in EXPERIMENTS.items():
+            print(f"{name:12} {found.title}")
+        return
+    from equipoise.lab.pages import run_experiment
+
+    if tier == "gpu" and not redraw:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
+    count = workers or (1 if tier == "gpu" else os.cpu_count() or 1)
+    page = run_experiment(
+        experiment,
+        out,
+        tier=tier,
+        seeds=seeds,
+        workers=count,
+        redraw=redraw,
+        data=data,
+        say=say,
+    )
+    say(f"Wrote {page} and its figures. Runs are in {out / 'runs'}.")

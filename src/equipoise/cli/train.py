@@ -1,0 +1,260 @@
+"""`equipoise train`: train a small language model by a recipe."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from equipoise.cli.common import console, print_json, say, size_of
+from equipoise.cli.progress import progress
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Which one; see --list.", show_default=False)
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting, key=value; as often as wanted."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; runs/RECIPE if left out.", show_default=False),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Throw away the run in that folder.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write OUT/tensorboard too.")
+    ] = False,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Log to W&B; offline unless WANDB_MODE says otherwise.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    names: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+) -> None:
+    """Train a small Mixture-of-Experts model, its load beside its loss; a stopped run goes on.
+
+    Examples:
+
+      equipoise train tiny
+
+      equipoise train small --set balance="switch(weight=0.01)" --out runs/switch
+
+      torchrun --standalone --nproc-per-node 2 -m equipoise train small
+    """
+    if names:
+        _list()
+        return
+    try:
+        _train(recipe, values or [], out, force, tensorboard, wandb, quiet or not _first(), json)
+    except ValueError:
+        if _first():
+            raise
+        raise SystemExit(2) from None  # the first process tells
+
+
+def _first() -> bool:
+    """Of several processes the first one talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _list() -> None:
+    from equipoise.lab.recipes import RECIPES
+
+    for name, made in RECIPES.items():
+        print(f"{name:16} {(made.__doc__ or '').partition(chr(10))[0]}")
+
+
+def _train(
+    recipe: str | None,
+    values: list[str],
+    out: Path | None,
+    force: bool,
+    tensorboard: bool,
+    wandb: bool,
+    quiet: bool,
+    json: bool,
+) -> None:
+    from equipoise.errors import EquipoiseError
+    from equipoise.lab import recipes
+
+    if recipe is None:
+        raise EquipoiseError(f"Which recipe? There are {', '.join(recipes.RECIPES)}; try --list.")
+    config = recipes.recipe(recipe, _settings(values))
+    path = out or Path("runs") / recipe
+    loggers = _loggers(path, config.name, tensorboard, wandb)
+    tell: Callable[[str], None] = say if _first() else _silent
+    from transformers.utils import logging
+
+    from equipoise.lab.trainer import train
+
+    logging.disable_progress_bar()
+    tell(f"Training {config.name}: {config.steps:,} steps of {config.step_tokens:,} tokens.")
+    with _stopped(path, tell), ExitStack() as stack:
+        sinks = [stack.enter_context(logger) for logger in loggers]
+        update = stack.enter_context(progress("steps", quiet=quiet, bar_width=8))
+
+        def show(now: Any) -> None:
+            if update is not None:
+                update(now.step, now.steps, _note(now), now.seconds_left)
+
+        result = train(config, path, force=force, sinks=sinks, progress=show, say=tell)
+    if _first():
+        _report(path, result, json)
+
+
+def _settings(values: list[str]) -> dict[str, str]:
+    from equipoise.errors import EquipoiseError
+
+    found = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key.strip():
+            raise EquipoiseError(f"--set {value!r}: write key=value, such as tokens=1000000.")
+        found[key.strip()] = text.strip()
+    return found
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _note(now: Any) -> str:
+    load = f", MaxVio {now.max_vio:.2f} (chance {now.floor:.2f})"
+    return (
+        f"loss {now.loss:.3f}{'' if math.isnan(now.max_vio) else load}, "
+        f"{now.tokens_per_second:,.0f} tok/s"
+    )
+
+
+@contextmanager
+def _stopped(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Say what is left of a run that is stopped; take leave of the other processes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = any(path.glob("checkpoint-*.pt"))
+        tell(
+            f"\nStopped. {path} holds a checkpoint: the same command goes on from it."
+            if kept
+            else f"\nStopped before the first checkpoint of {path}: it will begin anew."
+        )
+        raise
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- sinks ------------------------------------------------------------------------------------
+
+
+def _loggers(path: Path, name: str, tensorboard: bool, wandb: bool) -> list[Any]:
+    """Context managers of the sinks that were asked for; EquipoiseError where a package is missing."""
+    from importlib.util import find_spec
+
+    from equipoise.errors import EquipoiseError
+
+    wanted = {"tensorboard": tensorboard, "wandb": wandb}
+    for package, on in wanted.items():
+        if on and find_spec(package) is None:
+            raise EquipoiseError(f"--{package} needs: pip install 'equipoise[{package}]'.")
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
+    return [_late(makers[kind], path, name) for kind, on in wanted.items() if on and _first()]
+
+
+@contextmanager
+def _late(
+    make: Callable[[Path, str], tuple[Any, Callable[[], None]]], path: Path, name: str
+) -> Iterator[Any]:
+    """A sink that is made at the first step: before it, the folder has to be the run's alone."""
+    made: list[Any] = []
+
+    def sink(metrics: Mapping[str, float], step: int) -> None:
+        if not made:
+            made.append(make(path, name))
+        made[0][0](metrics, step)
+
+    try:
+        yield sink
+    finally:
+        if made:
+            made[0][1]()
+
+
+def _tensorboard(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from equipoise.balance import sinks
+
+    writer = SummaryWriter(str(path / "tensorboard"))
+    return sinks.tensorboard(writer), writer.close
+
+
+def _wandb(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
+    import wandb
+
+    from equipoise.balance import sinks
+
+    mode = os.environ.get("WANDB_MODE", "offline")
+    run = wandb.init(project="equipoise", name=name, dir=str(path), mode=mode)
+    return sinks.wandb(run), run.finish
+
+
+# -- the end ----------------------------------------------------------------------------------
+
+
+def _report(path: Path, result: Mapping[str, Any], json: bool) -> None:
+    from equipoise.lab.folder import RunFolder
+
+    last = RunFolder(path).read("evaluations.json")[-1]
+    if json:
+        print_json(_without_nan({**result, "evaluation": last}))
+    else:
+        _table(result, last)
+    saved = result["saved"] or {}
+    model = f", model for transformers ({saved['architecture']})" if saved.get("model") else ""
+    say(f"Wrote {path} ({size_of(path)}): metrics.parquet{model}.")
+    following = [f"equipoise stats {path / 'trace'}"] if (path / "trace").exists() else []
+    if model:
+        following.append(f"equipoise trace {path / 'model'} --task text --data TEXT")
+    say(f"Next: {', or '.join(following) or 'equipoise.lab.load(' + repr(str(path)) + ')'}")
+
+
+def _table(result: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("domain", box=None, title="Held-out text", title_justify="left")
+    for column in ("tokens", "loss, nats", "bits per byte"):
+        table.add_column(column, justify="right")
+    columns = zip(
+        last["domains"], last["tokens"], last["losses"], last["bytes_per_token"], strict=True
+    )
+    for domain, tokens, loss, size in columns:
+        bits = loss / size / math.log(2)
+        table.add_row(domain, f"{tokens:,}", f"{loss:.3f}", f"{bits:.3f}")
+    screen = console()
+    screen.print(table)
+    load = f", MaxVio {result['max_vio']:.3f} (chance alone {result['max_vio_floor']:.3f})"
+    screen.print(
+        f"Mean loss {result['loss']:.3f}{'' if math.isnan(result['max_vio']) else load}; "
+        f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s; "
+        f"{result['parameters']['total']:,} parameters, {result['parameters']['active']:,} active."
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    """For strict JSON: what cannot be measured, such as a load without selections, is null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

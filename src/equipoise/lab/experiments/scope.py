@@ -1,0 +1,184 @@
+"""Experiment 3: over which tokens load is balanced (Qiu et al., arXiv 2501.11873)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from equipoise.lab import figures
+from equipoise.lab.config import Config
+from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
+from equipoise.lab.recipes import gpu, small
+from equipoise.lab.results import (
+    Result,
+    largest_domain_share,
+    mean_interval,
+    smooth,
+    specialisation,
+)
+
+SIZES = (2, 4, 8, 16, 32, 64)
+"""Rows of a micro-batch, over which scope "micro" balances."""
+
+
+def configs(tier: str, seeds: int) -> list[Config]:
+    """Balance batches by size and by buffer, with controls. Micro-batches are of one domain."""
+    base = small() if tier == "cpu" else gpu()
+    block = base.data.block
+    base = base.change(
+        {
+            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
+            "data.arrangement": "domain",
+            "micro_rows": block,
+        }
+    )
+    half = base.steps // 2
+    early = f"constant_then_zero(rate=0.1, steps={half})"
+    late = f"zero_then_constant(rate=0.1, steps={half})"
+    runs: dict[str, dict[str, object]] = {
+        "none": {},
+        f"micro {block}": {"balance": _loss("micro")},
+        "global": {"balance": _loss("global")},
+        f"micro {block}, mixed domains": {
+            "balance": _loss("micro"), "data.arrangement": "mixed"
+        },
+        "micro 64": {"balance": _loss("micro"), "micro_rows": 64},
+        "micro 2": {"balance": _loss("micro"), "micro_rows": 2},
+        f"micro {block}, weight 0.01": {"balance": _loss("micro", 0.01)},
+        "global, weight 0.01": {"balance": _loss("global", 0.01)},
+        "micro 4": {"balance": _loss("micro"), "micro_rows": 4},
+        "micro 16": {"balance": _loss("micro"), "micro_rows": 16},
+        "micro 32": {"balance": _loss("micro"), "micro_rows": 32},
+        "exact": {"balance": _loss("exact")},
+        "global, micro-batches of 2": {"balance": _loss("global"), "micro_rows": 2},
+        "micro, from the middle global": {
+            "balance": f"switch(scope=micro, weight={early}) + switch(scope=global, weight={late})"
+        },
+        "global, from the middle micro": {
+            "balance": f"switch(scope=global, weight={early}) + switch(scope=micro, weight={late})"
+        },
+        "global, and 1 % micro": {"balance": f"{_loss('global')} + {_loss('micro', 0.001)}"},
+        "sign bias, global": {"balance": "sign(rate=0.01)", "model.router": "sigmoid"},
+        "sign bias, micro": {
+            "balance": "sign(rate=0.01, scope=micro)", "model.router": "sigmoid"
+        },
+    }  # fmt: skip
+    return seeded([base.change({"name": n, **c}) for n, c in runs.items()], seeds)
+
+
+def _loss(scope: str, weight: float = 0.1) -> str:
+    return f"switch(scope={scope}, weight={weight:g})"
+
+
+def write(page: Page, results: Results) -> None:
+    """Tables and figures."""
+    page.heading("Result")
+    page.table(
+        (
+            "scope",
+            "held-out loss",
+            "MaxVio_global (chance)",
+            "MaxVio_batch at the end",
+            "specialisation (Jensen-Shannon, nats)",
+            "largest share in a domain",
+            "selected scores, sum",
+            "ms a step",
+        ),
+        [_row(name, list(runs)) for name, runs in results.items()],
+    )
+    page.text(
+        """Scope `micro n`: the Switch loss (weight 0.1 unless said) over a micro-batch of n rows, which
+        come from one domain up to 8 rows, and from n / 8 domains above; what several processes that
+        add up their counts do is the same arithmetic, as the conformance tests show. `global`: the
+        rolling buffer over the micro-batches of a step, as published. Specialisation: generalised
+        Jensen-Shannon divergence of the domains' expert shares. Losses in nats per token, mean of
+        the domains; with several seeds means and 95 % intervals."""
+    )
+    page.heading("Perplexity of each domain")
+    names = next(iter(results.values()))[0].final.domains
+    page.table(
+        ("scope", *names),
+        [
+            (name, *(number(float(np.exp(x))) for x in runs[0].final.losses))
+            for name, runs in results.items()
+        ],
+    )
+    first = {name: runs[0] for name, runs in results.items()}
+    page.figure("size", _SIZE, lambda path: _draw_size(first, path))
+    page.figure("frequency", _FREQUENCY, lambda path: _draw_frequency(first, path))
+
+
+_SIZE = """Specialisation and held-out loss against the rows over which load is balanced; the dashed
+line is the buffer (seed 0)."""
+_FREQUENCY = (
+    """Share of every expert by domain in the middle MoE layer; a fair share is 1 / 16 (seed 0)."""
+)
+
+
+def _row(name: str, runs: list[Result]) -> tuple[str, ...]:
+    run = runs[0]
+    loss, half = mean_interval([r.final.loss for r in runs])
+    floor = run.final.max_vio_floor(run.config.model.top_k)
+    return (
+        name,
+        number(loss, 3) + ("" if np.isnan(half) else f" ± {half:.3f}"),
+        f"{number(mean_interval([r.final.max_vio for r in runs])[0])} ({number(floor, 3)})",
+        number(float(smooth(run.max_vio_batch, 20)[-1])),
+        number(mean_interval([specialisation(r.final) for r in runs])[0], 3),
+        number(mean_interval([largest_domain_share(r.final) for r in runs])[0], 3),
+        number(float(run.final.weight_sums.mean()), 3),
+        number(1000 * run.step_seconds, 0),
+    )
+
+
+def _draw_size(runs: dict[str, Result], path: Path) -> None:
+    figure, axes = figures.canvas(2, height=3.2)
+    sizes = [n for n in SIZES if f"micro {n}" in runs]
+    for axis, title, value in (
+        (axes[0, 0], "specialisation, nats", lambda r: specialisation(r.final)),
+        (axes[0, 1], "held-out loss, nats per token", lambda r: r.final.loss),
+    ):
+        axis.plot(sizes, [value(runs[f"micro {n}"]) for n in sizes], "o-", label="micro")
+        if "global" in runs:
+            axis.axhline(value(runs["global"]), linestyle="--", color="#888888", label="global")
+        axis.set(title=title, xlabel="rows balanced over", xscale="log")
+        axis.set_xticks(sizes, [str(n) for n in sizes])
+        axis.minorticks_off()
+    figures.legend(figure, axes[0, 0])
+    figures.save(figure, path)
+
+
+def _draw_frequency(runs: dict[str, Result], path: Path) -> None:
+    chosen = [n for n in ("none", "micro 8", "global", "sign bias, global") if n in runs]
+    figure, axes = figures.canvas(len(chosen), width=9.0, height=2.6)
+    for axis, name in zip(axes[0], chosen, strict=True):
+        found = runs[name].final
+        counts_DE = found.counts[:, found.counts.shape[1] // 2]
+        shares_DE = counts_DE / counts_DE.sum(1, keepdims=True)
+        axis.imshow(shares_DE, aspect="auto", cmap="viridis", vmin=0, vmax=0.3)
+        axis.set_yticks(range(len(found.domains)), found.domains if axis is axes[0, 0] else [])
+        axis.set(title=name, xlabel="expert")
+        axis.grid(False)
+    figures.save(figure, path)
+
+
+EXPERIMENT = Experiment(
+    "scope",
+    "The scope of balance",
+    """Published (arXiv 2501.11873, 3.4B-A0.6B, 64 experts, top-4, 120 B tokens, weight 0.008): balancing
+    over 4, 32 and 512 sequences gives a perplexity of 8.167, 8.062 and 8.038; over a random subset of
+    the global batch 8.041, so that it is diversity and not number that counts; a bias moved by
+    micro-batch counts 8.521, by global counts 8.080. At 43B-A6.6B the buffer costs 5.8 % of step time,
+    with 1 % of a micro loss 2.6 %. Experts specialise under the global loss (many above 0.2 of a
+    domain's selections) and not under the micro loss (none above 0.15 in code and mathematics).""",
+    configs,
+    write,
+    (
+        """which scope has the lower perplexity: the published difference is 1.6 % after 120 B tokens,
+        and single runs of a few million tokens order losses otherwise;""",
+        """that micro-batches of one domain are what trainers have: they are the extreme case, chosen so
+        that the effect shows;""",
+        "step times of a data-parallel run: one process has no communication to wait for.",
+    ),
+)

@@ -1,0 +1,164 @@
+"""Configs: values by name, and what is refused with both values named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from equipoise.balance import CATALOGUE
+from equipoise.errors import EquipoiseError
+from equipoise.lab import RECIPES, Config, recipe
+from equipoise.lab.config import differences
+from equipoise.lab.terms import Call, balancing, one, parse
+
+
+def test_values_are_read_from_text_as_the_type_of_their_field() -> None:
+    config = Config().change(
+        {
+            "tokens": "2e6",
+            "optimizer.lr": "1e-3",
+            "model.tied": "false",
+            "data.domains": "python, medical",
+            "data.domain_field": "none",
+            "precision": "bfloat16",
+        }
+    )
+    assert config.tokens == 2_000_000
+    assert isinstance(config.tokens, int)
+    assert config.optimizer.lr == 1e-3
+    assert config.model.tied is False
+    assert config.data.domains == ("python", "medical")
+    assert config.data.domain_field is None
+    assert config.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_json(name: str) -> None:
+    config = recipe(name)
+    assert Config.from_json(config.to_json()) == config
+    assert config.name == name
+    assert RECIPES[name].__doc__
+
+
+def test_recipes_derive_from_one_another() -> None:
+    found = differences(recipe("small_switch"), recipe("small"))
+    assert found.keys() == {"name", "balance"}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"model.expert": 4}, ["No setting 'model.expert'", "Did you mean 'experts'?"]),
+        ({"modle.experts": 4}, ["No setting 'modle.experts'", "model.experts"]),
+        ({"tokens": "many"}, ["tokens='many' is not a whole number"]),
+        ({"tokens": "1e400"}, ["tokens='1e400' is not a whole number"]),
+        ({"tokens": 1.5}, ["tokens=1.5 is not a whole number"]),
+        ({"model.tied": "yes"}, ["model.tied='yes' is not true or false"]),
+        ({"optimizer.lr": "nan"}, ["optimizer.lr=nan", "above 0"]),
+        ({"optimizer.beta2": 1}, ["optimizer.beta2=1.0", "below 1"]),
+        ({"seed": -1}, ["seed=-1", "0 or more"]),
+        ({"optimizer.name": "adam"}, ["'adam'", "adamw, muon", "Did you mean 'adamw'?"]),
+        ({"model.top_k": 17}, ["model.top_k=17", "model.experts=16"]),
+        ({"model.heads": 3}, ["model.heads=3", "model.hidden_size=128"]),
+        ({"model.kv_heads": 3}, ["model.kv_heads=3", "model.heads=4"]),
+        ({"model.heads": 128, "model.kv_heads": 1}, ["model.hidden_size=128", "model.heads=128"]),
+        ({"model.dense_layers": 4}, ["model.dense_layers=4", "model.layers=4"]),
+        ({"micro_rows": 12}, ["micro_rows=12", "batch_rows=64"]),
+        ({"data.block": 7}, ["data.block=7", "batch_rows=64"]),
+        ({"data.row_length": 4096}, ["data.row_length=4096", "model.max_positions=2048"]),
+        (
+            {"data.arrangement": "domain", "data.block": 4, "micro_rows": 6, "batch_rows": 12},
+            ["data.block=4", "micro_rows=6"],
+        ),
+        ({"tokens": 100}, ["tokens=100", "batch_rows=64", "data.row_length=128"]),
+        ({"data.vocab_size": 257}, ["data.vocab_size=257", "258"]),
+        ({"data.vocab_size": 65_537}, ["data.vocab_size=65537", "65536"]),
+        ({"data.held_out_tokens": 128}, ["data.held_out_tokens=128", "data.row_length=128"]),
+        ({"data.domains": "a,b,a"}, ["a,b,a", "twice"]),
+        (
+            {
+                "optimizer.schedule": "wsd",
+                "optimizer.warmup_share": 0.5,
+                "optimizer.decay_share": 0.6,
+            },
+            ["optimizer.warmup_share=0.5", "optimizer.decay_share=0.6"],
+        ),
+        (
+            {"model.capacity": "capacity(factor=2)", "balance": "capacity(factor=1.5)"},
+            ["model.capacity='capacity(factor=2)'", "balance='capacity(factor=1.5)'"],
+        ),
+        ({"model.router": "sigmod"}, ["No router 'sigmod'", "Did you mean 'sigmoid'?"]),
+        ({"model.router": "base"}, ["'base'", "model.top_k=2"]),
+        ({"model.top_k": 1}, ["model.router='softmax'", "model.top_k=1"]),
+        (
+            {"model.router": "expert_choice", "model.capacity": "capacity"},
+            ["model.capacity='capacity'", "model.router='expert_choice'"],
+        ),
+        ({"model.router": "hash", "balance": "switch"}, ["balance='switch'", "'hash'"]),
+        ({"model.router": "sigmoid(route_scal=2)"}, ["'route_scal'", "'route_scale'"]),
+        ({"model.router": "sigmoid(weighting=foo)"}, ["weighting='foo'", "renormalized"]),
+        ({"model.router": "soft(slots=0)"}, ["slots=0", "at least 1"]),
+        ({"model.router": "sigmoid + hash"}, ["'sigmoid + hash'", "2 things"]),
+        ({"model.capacity": "capacity(factor=0)"}, ["factor=0", "above 0"]),
+        ({"balance": "swich"}, ["No balancing term 'swich'", "Did you mean 'switch'?"]),
+        ({"balance": "switch(scope=galaxy)"}, ["scope='galaxy'", "sequence, micro"]),
+        ({"balance": "sign(rat=1)"}, ["no option 'rat'", "rate"]),
+        ({"balance": "sign + quantile"}, ["balance='sign + quantile'", "2 biases"]),
+        ({"balance": "switch(1)"}, ["'switch(1)' is not understood", "switch(scope=global"]),
+        ({"balance": "switch + "}, ["is not understood"]),
+        ({"balance": "open('/etc/passwd')"}, ["is not understood"]),
+    ],
+    ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_what_cannot_be_is_refused_with_the_values(
+    values: dict[str, Any], named: list[str]
+) -> None:
+    with pytest.raises(EquipoiseError) as stop:
+        Config().change(values)
+    for text in named:
+        assert text in str(stop.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(
+        EquipoiseError, match=r"No recipe 'smal': there are .* Did you mean 'small'"
+    ):
+        recipe("smal")
+
+
+def test_terms_are_read_as_written() -> None:
+    text = "switch(scope=running(decay=0.9), weight=0.01) + sign(rate=0.001) + capacity"
+    calls = parse(text)
+    assert [str(call) for call in calls] == text.split(" + ")
+    assert calls[0].options == (("scope", Call("running", (("decay", 0.9),))), ("weight", 0.01))
+    assert parse("none") == parse("") == ()
+
+
+def test_words_of_python_are_plain_values() -> None:
+    assert one("switch(scope=global)").options == (("scope", "global"),)
+
+
+def test_the_terms_are_those_of_balance() -> None:
+    from equipoise import balance
+
+    loss, bias = balancing("switch(scope=group, weight=0.02) + sign(rate=0.003)")
+    assert (loss.name, loss.weight) == ("switch_group", 0.02)
+    assert bias == balance.Bias(balance.controllers.Sign(rate=0.003), scope="global")
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_every_loss_is_made_by_its_name(name: str) -> None:
+    options = "(groups=2)" if name in ("group", "communication") else ""
+    (loss,) = balancing(name + options)
+    assert loss.name == f"{name}_global"
+
+
+def test_reading_recipes_loads_no_torch() -> None:
+    script = (
+        "import sys; from equipoise.lab import recipe; recipe('gpu'); print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.strip() == "False", found.stderr

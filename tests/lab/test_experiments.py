@@ -1,0 +1,110 @@
+"""Experiments as a user runs them, on made-up text and models of a few hundred weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab import Config, pages
+from equipoise.lab.experiments import EXPERIMENTS
+from equipoise.lab.experiments.base import Experiment, seeded
+from equipoise.lab.grid import Grid, missing
+from equipoise.lab.results import Result, folder_of, identity
+from equipoise.lab.trainer import train
+from tests.lab.made_up import SMALL
+
+TINY = {**SMALL, "model.experts": 16, "data.domains": "", "tokens": 8 * 16 * 22}
+
+
+def shrunk(experiment: Experiment, config: Config) -> list[Config]:
+    """An experiment's configs at a size of seconds: balance, router and arrangement kept."""
+    small = {k: v for k, v in TINY.items() if k != "micro_rows"}
+    small |= {"data.source": config.data.source, "data.cache": config.data.cache}
+    found = []
+    for asked in experiment.configs("cpu", 1):
+        rows = {"micro_rows": min(asked.micro_rows, 8), "model.top_k": min(asked.model.top_k, 2)}
+        found.append(asked.change({**small, **rows, "model.shared_experts": 0}))
+    return found
+
+
+@pytest.mark.parametrize("tier", pages.TIERS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_two_runs_of_an_experiment_are_the_same(name: str, tier: str) -> None:
+    configs = EXPERIMENTS[name].configs(tier, 2)
+    assert len({identity(config) for config in configs}) == len(configs)
+    assert len({config.name for config in configs}) == len(configs) / 2
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_becomes_a_page_with_its_figures(
+    name: str, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    experiment = EXPERIMENTS[name]
+    configs = shrunk(experiment, configure())
+    for config in configs[:3]:
+        train(config, folder_of(tmp_path / "runs", config), save=False)
+    path = pages.write_page(experiment, configs, tmp_path, "cpu")
+    text = path.read_text()
+    assert all(f"| {config.name}" in text for config in configs[:3])
+    assert f"| {configs[-1].name}" not in text
+    assert "What may not be concluded" in text
+    for part in text.split("](")[1:]:
+        assert (tmp_path / part.partition(")")[0]).exists()
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
+    pages.write_page(experiment, configs, tmp_path, "cpu")
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
+
+
+@pytest.mark.slow
+def test_a_grid_runs_what_is_missing_and_tells_what_failed(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    good = [configure(name="one"), configure(name="two", balance="sign(rate=0.01)")]
+    Grid(good[:1], tmp_path, 1).run()
+    before = (folder_of(tmp_path, good[0]) / "result.json").stat().st_mtime_ns
+    wrong = configure(name="wrong", optimizer__lr=1e30, optimizer__clip=0)
+    said: list[str] = []
+    with pytest.raises(EquipoiseError, match=r"1 of 2 runs failed; the first, wrong: .*step"):
+        Grid([*good, wrong], tmp_path, 2, said.append).run()
+    assert missing([*good, wrong], tmp_path) == [wrong]
+    assert (folder_of(tmp_path, good[0]) / "result.json").stat().st_mtime_ns == before
+    assert any("1 finished before" in line for line in said)
+
+
+def test_equal_configs_run_once(tmp_path: Path, configure: Callable[..., Config]) -> None:
+    twice = [configure(name="here"), configure(name="there"), configure(seed=1)]
+    assert [config.seed for config in missing(twice, tmp_path)] == [0, 1]
+
+
+def test_seeds_come_one_after_the_other(configure: Callable[..., Config]) -> None:
+    found = seeded([configure(name="a"), configure(name="b")], 2)
+    assert [(c.name, c.seed) for c in found] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_a_redraw_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EquipoiseError, match="no finished run of 'scope'"):
+        pages.run_experiment("scope", tmp_path, redraw=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_experiment_names_the_nearest() -> None:
+    with pytest.raises(EquipoiseError, match="Did you mean 'collapse'"):
+        pages.find("colapse")
+
+
+def test_a_result_is_what_the_run_measured(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure(evaluate_every=3)
+    train(config, folder_of(tmp_path, config), save=False)
+    result = Result.find(tmp_path, config)
+    assert result is not None
+    model = config.model
+    assert result.counts.shape == (config.steps, model.layers, model.experts)
+    assert (result.counts.sum(-1) == config.step_tokens * model.top_k).all()
+    assert [step for step, _ in result.evaluations] == [3, 6]
+    assert result.final.loss == result.summary["loss"]
+    assert len(result.max_vio_batch) == config.steps

@@ -1,0 +1,387 @@
+"""Training: what stops a run, and what it goes on from."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab import Config, load, train
+from equipoise.lab.folder import RunFolder
+from equipoise.lab.routers import BLOCKS
+from equipoise.lab.trainer import Progress
+
+Configure = Callable[..., Config]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = load(one).state_dict(), load(other).state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def figures(folder: Path) -> Any:
+    """All columns but the time."""
+    return RunFolder(folder).metrics().drop_columns(["seconds"])
+
+
+def stopped_at(step: int) -> Callable[[Progress], None]:
+    """Ctrl-C in the middle of a run."""
+
+    def progress(now: Progress) -> None:
+        if now.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return progress
+
+
+METHODS = {
+    "nothing": {},
+    "sign": {"balance": "switch(weight=0.01) + sign(rate=0.01)", "model__router": "sigmoid"},
+    "quantile": {"balance": "quantile_histogram", "model__router": "sigmoid"},
+    "muon": {"balance": "sign(rate=0.01)", "optimizer__name": "muon"},
+    "noise": {"model__router": "softmax(noise=learned, jitter=0.1)"},
+    "capacity": {"model__capacity": "capacity(factor=1.0, recent=0.5)"},
+    "exact": {"balance": "switch(scope=exact, weight=0.1) + switch(scope=running(decay=0.9))"},
+    "relu": {"model__router": "relu"},
+    "thresholds": {"model__router": "expert_threshold"},
+    "random": {"model__router": "random", "evaluate_every": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_one(
+    configure: Configure, tmp_path: Path, method: str
+) -> None:
+    config = configure(trace=False, **METHODS[method])
+    train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", progress=stopped_at(3))
+    assert not (tmp_path / "stopped" / "result.json").exists()
+    said: list[str] = []
+    train(config, tmp_path / "stopped", say=said.append)
+    assert "Going on after step 3 of 6." in said
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert figures(tmp_path / "whole").equals(figures(tmp_path / "stopped"))
+    before, after = (RunFolder(tmp_path / n).read("evaluations.json") for n in ("whole", "stopped"))
+    assert before == after
+    assert not list((tmp_path / "stopped").glob("checkpoint*"))
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_only(configure: Configure, tmp_path: Path) -> None:
+    """What happened after it is done again, not twice."""
+    config = configure(trace=False, checkpoint_seconds=0)
+
+    def dies(now: Progress) -> None:
+        if now.step == 4:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="plug"):
+        train(config, tmp_path / "a", progress=dies)
+    assert [p.name for p in (tmp_path / "a").glob("checkpoint*")] == ["checkpoint-00000003-0of1.pt"]
+    train(config, tmp_path / "a")
+    train(config, tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert figures(tmp_path / "a")["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_evaluating_on_the_way_changes_nothing(configure: Configure, tmp_path: Path) -> None:
+    noisy = {"model__router": "random", "trace": False}
+    train(configure(**noisy), tmp_path / "a")
+    train(configure(**noisy, evaluate_every=1), tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    steps = [entry["step"] for entry in RunFolder(tmp_path / "b").read("evaluations.json")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_left_as_it_is(configure: Configure, tmp_path: Path) -> None:
+    result = train(configure(), tmp_path / "a")
+    said: list[str] = []
+    again = train(configure(), tmp_path / "a", say=said.append)
+    assert again == result
+    assert said[-1].endswith("is finished: nothing to do.")
+
+
+# -- stops ------------------------------------------------------------------------------------
+
+
+def poisoned(name: str, step: int) -> Callable[[Any], None]:
+    """NaN in a weight of the run before a step."""
+    from equipoise.lab import trainer
+
+    taken = trainer.Run._step
+
+    def step_of(run: Any) -> None:
+        if run.state.step == step:
+            with torch.no_grad():
+                run.plain.get_parameter(name).view(-1)[0] = torch.nan
+        taken(run)
+
+    return step_of
+
+
+def test_a_loss_of_nan_stops_the_run_names_the_weight_and_keeps_the_checkpoint(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equipoise.lab import trainer
+
+    config = configure(checkpoint_seconds=0, balance="switch + sign")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, "_step", poisoned("blocks.1.mlp.gate.weight", 4))
+        with pytest.raises(EquipoiseError) as stop:
+            train(config, tmp_path / "a")
+    assert "step 5: the loss is nan; the weight blocks.1.mlp.gate.weight is not finite" in str(
+        stop.value
+    )
+    assert "its last checkpoint is of step 4" in str(stop.value)
+    train(config, tmp_path / "a")
+    train(config, tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_output_that_overflows_names_its_layer(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equipoise.lab import trainer
+
+    taken = trainer.Run._step
+
+    def step(run: Any) -> None:
+        if run.state.step == 2:
+            with torch.no_grad():
+                run.plain.blocks[1].mlp.experts.inner_proj.fill_(1e25)
+        taken(run)
+
+    monkeypatch.setattr(trainer.Run, "_step", step)
+    with pytest.raises(EquipoiseError, match=r"blocks\.1\.mlp\.experts \(Experts\) went first"):
+        train(configure(), tmp_path / "a")
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equipoise.lab import trainer
+
+    noted = trainer.Run._note
+
+    def note(run: Any, *values: Any) -> None:
+        if run.state.step == 3:
+            with torch.no_grad():
+                run.plain.norm.weight[0] = torch.inf
+        noted(run, *values)
+
+    monkeypatch.setattr(trainer.Run, "_note", note)
+    with pytest.raises(EquipoiseError, match=r"step 3: the weight norm\.weight is not finite"):
+        train(configure(checkpoint_seconds=0), tmp_path / "a")
+    assert RunFolder(tmp_path / "a").load_checkpoint()["step"] == 2
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics", "weights", "result"])
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    import pyarrow.parquet
+    import safetensors.torch
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    places: dict[str, tuple[Any, str]] = {
+        "checkpoint": (torch, "save"),
+        "metrics": (pyarrow.parquet, "write_table"),
+        "weights": (safetensors.torch, "save_file"),
+        "result": (RunFolder, "remove_checkpoints"),
+    }
+    config = configure(trace=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "a", progress=stopped_at(2))
+    with monkeypatch.context() as patch:
+        place, name = places[what]
+        if what == "result":
+            written = RunFolder.write
+            place, name = RunFolder, "write"
+            patch.setattr(place, name, lambda s, n, v: _full_at_result(written, s, n, v, tmp_path))
+        else:
+            patch.setattr(place, name, full)
+        with pytest.raises(EquipoiseError, match=r"cannot be written .*make room and run the same"):
+            train(config, tmp_path / "a")
+    assert RunFolder(tmp_path / "a").load_checkpoint()["step"] in (2, 6)
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    train(config, tmp_path / "a")
+    train(config, tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def _full_at_result(written: Any, folder: Any, name: str, values: Any, at: Path) -> None:
+    from equipoise.lab.saving import saving
+
+    with saving(at / "a" / "result.tmp"):
+        if name == "result.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(folder, name, values)
+
+
+# -- folders ----------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_config_is_refused_with_both_values(
+    configure: Configure, tmp_path: Path
+) -> None:
+    train(configure(trace=False), tmp_path / "a")
+    with pytest.raises(EquipoiseError) as stop:
+        train(configure(trace=False, seed=1, model__experts=8), tmp_path / "a")
+    assert "holds a run with model.experts=4, not 8, and 1 more settings" in str(stop.value)
+    assert RunFolder(tmp_path / "a").finished
+
+
+def test_what_changes_no_number_may_differ(configure: Configure, tmp_path: Path) -> None:
+    train(configure(trace=False), tmp_path / "a")
+    other = configure(trace=False, name="other", checkpoint_seconds=7, threads=2)
+    train(other, tmp_path / "a")
+
+
+def test_other_text_is_refused(configure: Configure, tmp_path: Path, text: Path) -> None:
+    import shutil
+
+    copied = tmp_path / "text"
+    shutil.copytree(text, copied)
+    config = configure(data__source=str(copied), trace=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "a", progress=stopped_at(2))
+    with (copied / "abc" / "words.txt").open("a") as file:
+        file.write(" more")
+    with pytest.raises(EquipoiseError, match="was begun on other text"):
+        train(config, tmp_path / "a")
+
+
+def test_force_begins_anew_and_leaves_what_is_no_run_alone(
+    configure: Configure, tmp_path: Path
+) -> None:
+    train(configure(trace=False), tmp_path / "a")
+    train(configure(trace=False, seed=1), tmp_path / "a", force=True)
+    assert RunFolder(tmp_path / "a").config().seed == 1
+    precious = tmp_path / "mine"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    for force in (False, True):
+        with pytest.raises(EquipoiseError, match="no run's folder"):
+            train(configure(), precious, force=force)
+    assert (precious / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"model__router": "hash", "balance": "switch"}, ["hash", "switch"]),
+        ({"model__router": "soft", "balance": "sign"}, ["soft", "sign"]),
+        ({"expert_parallel": True}, ["expert_parallel=true", "one"]),
+    ],
+    ids=["hash and loss", "soft and bias", "experts over one process"],
+)
+def test_what_does_not_go_together_is_refused_before_the_folder_is_touched(
+    configure: Configure, tmp_path: Path, values: dict[str, Any], named: list[str]
+) -> None:
+    train(configure(trace=False), tmp_path / "a")
+    with pytest.raises(EquipoiseError) as stop:
+        train(configure(**values), tmp_path / "a", force=True)
+    assert all(name in str(stop.value) for name in named)
+    assert RunFolder(tmp_path / "a").finished
+
+
+# -- what it trains ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", BLOCKS)
+def test_every_router_trains(configure: Configure, tmp_path: Path, router: str) -> None:
+    top_k = 1 if router == "base" else 2
+    config = configure(model__router=router, model__top_k=top_k, tokens=3 * 8 * 16)
+    said: list[str] = []
+    result = train(config, tmp_path / "a", say=said.append)
+    losses = figures(tmp_path / "a")["loss"].to_pylist()
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    if router in ("expert_choice", "expert_threshold", "relu", "soft"):
+        assert any(line.startswith("No trace") for line in said)
+    else:
+        assert (tmp_path / "a" / "trace" / "trace.json").exists()
+    assert result["parameters"]["active"] <= result["parameters"]["total"]
+
+
+def test_bfloat16_trains_and_is_another_precision(configure: Configure, tmp_path: Path) -> None:
+    """In one process after float32, which Accelerate's own setting would refuse."""
+    train(configure(trace=False), tmp_path / "a")
+    train(configure(trace=False, precision="bfloat16"), tmp_path / "b")
+    ours, theirs = (figures(tmp_path / name)["loss"].to_pylist() for name in "ab")
+    assert ours != theirs
+    assert ours == pytest.approx(theirs, rel=2e-2)
+    assert load(tmp_path / "b").embedding.weight.dtype == torch.float32
+
+
+def test_micro_batches_change_the_step_by_rounding_only(
+    configure: Configure, tmp_path: Path
+) -> None:
+    train(configure(trace=False, micro_rows=8), tmp_path / "a")
+    train(configure(trace=False, micro_rows=1), tmp_path / "b")
+    ours, theirs = (figures(tmp_path / name) for name in "ab")
+    for column in ("loss", "gradient_norm"):
+        assert ours[column].to_pylist() == pytest.approx(theirs[column].to_pylist(), rel=1e-5)
+
+
+def test_metrics_hold_a_row_a_step_whose_counts_sum_to_the_selections(
+    configure: Configure, tmp_path: Path
+) -> None:
+    config = configure(model__capacity="capacity(factor=0.5)", trace=False)
+    seen: list[Progress] = []
+    sunk: list[dict[str, float]] = []
+    train(
+        config,
+        tmp_path / "a",
+        progress=seen.append,
+        sinks=[lambda metrics, _: sunk.append(dict(metrics))],
+    )
+    table = RunFolder(tmp_path / "a").metrics()
+    assert table.column_names == [
+        "step",
+        "tokens",
+        "loss",
+        "gradient_norm",
+        "learning_rate",
+        "seconds",
+        "counts",
+        "dropped_share",
+    ]
+    for counts in table["counts"].to_pylist():
+        assert len(counts) == 2 * 4
+        assert sum(counts) == 2 * 8 * 16 * 2
+    assert all(0 < share < 1 for share in table["dropped_share"].to_pylist())
+    assert [now.step for now in seen] == [1, 2, 3, 4, 5, 6]
+    assert [row["train/loss"] for row in sunk] == table["loss"].to_pylist()
+    assert sunk[-1]["train/max_vio"] == seen[-1].max_vio
+    assert seen[-1].seconds_left == 0
+
+
+def test_without_saving_only_figures_are_kept(configure: Configure, tmp_path: Path) -> None:
+    train(configure(), tmp_path / "a", save=False)
+    kept = {path.name for path in (tmp_path / "a").iterdir()}
+    assert kept == {
+        "config.json",
+        "environment.json",
+        "metrics.parquet",
+        "evaluations.json",
+        "result.json",
+    }
+    assert RunFolder(tmp_path / "a").config() == configure()
+
+
+def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        train(configure(trace=False, threads=2), tmp_path / "a")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

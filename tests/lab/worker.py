@@ -1,0 +1,107 @@
+"""One of two processes that `test_processes` starts with torchrun: all its runs, one after the other."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab import Config, train
+
+
+def interrupted(now: Any) -> None:
+    """Ctrl-C that reaches the first process alone."""
+    if now.step == 3:
+        signal.raise_signal(signal.SIGINT)
+
+
+def left(config: Config, out: Path) -> list[str]:
+    """Run until step 3; the checkpoints that there are then."""
+    try:
+        train(config, out, progress=interrupted)
+    except KeyboardInterrupt:
+        return sorted(path.name for path in out.glob("checkpoint*"))
+    return []
+
+
+def stopped(config: Config, out: Path) -> list[str]:
+    """Run until step 3, then on to the end."""
+    kept = left(config, out)
+    dist.barrier()
+    train(config, out)
+    return kept
+
+
+def refused(config: Config, out: Path, **options: Any) -> str:
+    """What a run that cannot be is told."""
+    try:
+        train(config, out, **options)
+    except EquipoiseError as error:
+        return str(error)
+    return "was not refused"
+
+
+def poisoned(config: Config, out: Path) -> str:
+    """NaN in a weight of the second process alone."""
+    from equipoise.lab import trainer
+
+    taken = trainer.Run._step
+
+    def step(run: Any) -> None:
+        if run.state.step == 2 and run.processes.rank == 1:
+            run.plain.blocks[1].mlp.gate.weight.data.fill_(float("nan"))
+        taken(run)
+
+    trainer.Run._step = step  # type: ignore[method-assign]
+    try:
+        return refused(config, out)
+    finally:
+        trainer.Run._step = taken  # type: ignore[method-assign]
+
+
+def no_room(config: Config, out: Path) -> str:
+    """A disk that is full for the second process alone."""
+    import errno
+
+    import torch
+
+    saved = torch.save
+
+    def save(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        if dist.is_initialized() and dist.get_rank() == 1:
+            torch.save = save  # type: ignore[assignment]
+        return refused(config, out)
+    finally:
+        torch.save = saved
+
+
+WAYS = {
+    "train": lambda config, out: train(config, out)["parameters"],
+    "left": left,
+    "stopped": stopped,
+    "refused": refused,
+    "poisoned": poisoned,
+    "no_room": no_room,
+}
+
+
+def main() -> None:
+    """Run the cases of the file that is named, and write what each came to, by rank."""
+    file = Path(sys.argv[1])
+    found = {}
+    for name, way, text in json.loads(file.read_text()):
+        found[name] = WAYS[way](Config.from_json(text), file.parent / name)
+    (file.parent / f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
