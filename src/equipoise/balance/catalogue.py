@@ -1,8 +1,9 @@
 """The objectives by name: which statistics each needs, and how its gradient reaches the scores.
 
 Four kinds. "load": a function of load f and mean probability P of a scope; a token's gradient
-follows from dL/dP. "token": a mean over tokens. "batch": a function of all probabilities of this
-rank's micro-batch. "weight": a function of the router's weight.
+follows from dL/dP. "token": a mean over tokens, of scores or of what the selected experts put out.
+"batch": a function of all probabilities of this rank's micro-batch. "weight": a function of the
+router's weight.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Kind = Literal["load", "token", "batch", "weight"]
 class Objective:
     """A loss and what it is computed from.
 
-    `value` takes, by keyword: load_E and prob_E ("load", leading dimensions allowed), probs_TE or
-    logits_TE ("token", one value per token), probs_TE and valid_T ("batch"), weight_ED ("weight").
+    `value` takes, by keyword: load_E and prob_E ("load", leading dimensions allowed), probs_TE,
+    logits_TE or outputs_TKD ("token", one value per token), probs_TE and valid_T ("batch"),
+    weight_ED ("weight").
     """
 
     name: str
@@ -35,7 +37,8 @@ class Objective:
     value: Callable[..., Tensor]
     slope: Callable[[Tensor], Tensor] | None = None
     """dL/dP as a function of the load alone, where it does not depend on P."""
-    reads: Literal["probs", "logits"] = "probs"
+    reads: Literal["probs", "logits", "outputs"] = "probs"
+    """What "token" and "batch" are functions of; "outputs" are those of single experts."""
     signed: bool = False
     """A negative weight makes sense."""
     ideal: float | None = 1.0
@@ -47,6 +50,11 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.kind!r})"
+
+    @property
+    def argument(self) -> str:
+        """The keyword by which `value` takes what it reads."""
+        return "outputs_TKD" if self.reads == "outputs" else f"{self.reads}_TE"
 
     @property
     def needs_prob(self) -> bool:
@@ -101,6 +109,13 @@ CATALOGUE: dict[str, Objective] = {
         Objective("z", "token", objectives.z, reads="logits", ideal=None),
         Objective("entropy", "token", objectives.entropy, signed=True, ideal=None),
         Objective("score_variance", "batch", objectives.score_variance, ideal=None),
+        Objective(
+            "output_orthogonality",
+            "token",
+            objectives.output_orthogonality,
+            reads="outputs",
+            ideal=None,
+        ),
         Objective(
             "router_orthogonality",
             "weight",

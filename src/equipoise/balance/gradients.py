@@ -24,17 +24,14 @@ class Gradients:
     def of(self, layer: Layer, record: Record, scores: Tensor) -> Tensor | None:
         """The gradient of all losses with respect to one router's scores in one pass."""
         book = self._book
-        current = record.of
-        if not current.closed:
-            book.close()
-        if current.loads is None:
-            book.resolve(current)
+        self._settle(record.of)
         total: Tensor | None = None
         probs = layer.scores.probs(scores, out=book.scratch(scores))
         onto = self._of_batch(layer, record, probs)  # gradient with respect to the probabilities
         for term in range(len(book.losses)):
             objective = book.objectives[term, layer.bank]
-            if objective.kind == "weight" or book.in_batch(term, layer.bank):
+            elsewhere = objective.kind == "weight" or objective.reads == "outputs"
+            if elsewhere or book.in_batch(term, layer.bank):
                 continue
             weight = book.weight(term, layer.index, book.step)
             if objective.kind == "load":
@@ -52,11 +49,34 @@ class Gradients:
         if layer.adversary is not None:
             part = record.masked(layer.adversary.gradient(layer, record, scores))
             total = part if total is None else total + part
-        if total is None:
+        return self._scaled(total, scores)
+
+    def of_outputs(self, layer: Layer, record: Record, outputs_TKD: Tensor) -> Tensor | None:
+        """The gradient of all losses with respect to the outputs of a pass's selected experts."""
+        book = self._book
+        self._settle(record.of)
+        total: Tensor | None = None
+        for term in range(len(book.losses)):
+            objective = book.objectives[term, layer.bank]
+            if objective.reads == "outputs":
+                weight = book.weight(term, layer.index, book.step)
+                part = self._direct(term, layer, record, outputs_TKD, objective, weight)
+                total = part if total is None else total + part
+        return self._scaled(total, outputs_TKD)
+
+    def _settle(self, current: Pass) -> None:
+        """The counts of a pass are known before its gradient is."""
+        if not current.closed:
+            self._book.close()
+        if current.loads is None:
+            self._book.resolve(current)
+
+    def _scaled(self, grad: Tensor | None, like: Tensor) -> Tensor | None:
+        if grad is None:
             return None
-        if book.scaler is not None:
-            total = book.scaler.scale(total)
-        return total.to(scores.dtype)
+        if self._book.scaler is not None:
+            grad = self._book.scaler.scale(grad)
+        return grad.to(like.dtype)
 
     def _of_batch(self, layer: Layer, record: Record, probs: Tensor) -> Tensor | None:
         """Of all load objectives over batches, [1, E + nulls], the same for every token."""
@@ -197,16 +217,17 @@ class Gradients:
         term: int,
         layer: Layer,
         record: Record,
-        scores: Tensor,
+        read: Tensor,
         objective: Objective,
         weight: Tensor | float,
     ) -> Tensor:
-        """The gradient of an objective of single tokens, or of the rank's batch, on the scores."""
+        """The gradient of an objective of single tokens, or of the rank's batch, on what it reads:
+        the scores [T, E], or the experts' outputs [T, K, D]."""
         book = self._book
         with torch.enable_grad():
-            x = scores.detach().float().requires_grad_()
-            source = x if objective.reads == "logits" else layer.scores.probs(x)
-            name = f"{objective.reads}_TE"
+            x = read.detach().float().requires_grad_()
+            source = layer.scores.probs(x) if objective.reads == "probs" else x
+            name = objective.argument
             if objective.kind == "token":
                 value_T = objective.value(**{name: source})
                 if record.valid_T is not None:
@@ -215,9 +236,7 @@ class Gradients:
                 factor: Tensor | float = (
                     self._one_token(term, layer, record).to(x.device).float() * weight
                 )
-                tokens = (
-                    len(scores) if record.valid_T is None else record.valid_T.sum().clamp(min=1)
-                )
+                tokens = len(read) if record.valid_T is None else record.valid_T.sum().clamp(min=1)
                 book.meters.value(term, layer.index, value.detach() / tokens)
             else:
                 value = objective.value(**{name: source}, valid_T=record.valid_T)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equipoise.balance.gradients import Gradients
+from equipoise.balance.outputs import refuse_without_outputs
 from equipoise.balance.passes import KEPT, PROB, TOKENS, Record, Statistic, columns, groups_of
 from equipoise.balance.probabilities import Scores
 from equipoise.balance.terms import Bias, Loss, objective_of
@@ -38,6 +39,8 @@ class Layer:
         self._book, self._gradients = book, Gradients(book)
         self._waiting: list[Record] = []
         """Records whose forward pass will be run again before their backward pass."""
+        self.record: Record | None = None
+        """Of the pass heard last, for what comes after the router in it."""
         self._added: Tensor | None = None
         """The gradient given last, until the whole gradient of the scores arrives."""
         self.capacity: LayerCapacity | None = None
@@ -54,6 +57,7 @@ class Layer:
         for record in self._waiting:
             steering.forget(record)
         self._waiting.clear()
+        self.record = None
         if self.capacity is not None:
             self.capacity.forget()
 
@@ -87,6 +91,18 @@ class Layer:
         kept: Tensor | None = None,
     ) -> Record | None:
         """Count a pass; one that is run again, or that does not train, counts nothing."""
+        self.record = self._begin(ids, weights, scores, grad, compiled, kept)
+        return self.record
+
+    def _begin(
+        self,
+        ids: Tensor,
+        weights: Tensor,
+        scores: Tensor | None,
+        grad: bool,
+        compiled: bool,
+        kept: Tensor | None,
+    ) -> Record | None:
         book = self._book
         if self.muted:
             return None
@@ -137,6 +153,10 @@ class Layer:
             self._added = found
         return found
 
+    def output_gradient(self, record: Record | None, outputs_TKD: Tensor) -> Tensor | None:
+        """What the losses give the outputs of the selected experts [T, K, D] as a gradient."""
+        return None if record is None else self._gradients.of_outputs(self, record, outputs_TKD)
+
     def check(self, losses: Sequence[Loss], bias: Bias | None) -> None:
         """EquipoiseError where a term cannot act on this router."""
         if losses and self.scores.function in ("none", "unknown"):
@@ -150,6 +170,8 @@ class Layer:
             )
         for loss in losses:
             objective = objective_of(loss)
+            if objective.reads == "outputs":
+                refuse_without_outputs(self.site, objective.name)
             if objective.reads == "logits" and self.site.scores_are != "logits":
                 raise EquipoiseError(
                     f"{self.site.path} ({self.site.family}): the router returns {self.site.scores_are}; "

@@ -139,7 +139,7 @@ def ears(
             if used is not chosen:
                 changed[ids_name] = (ids_at, used)
             changed[weights_name] = (weights_at, carried)
-            return _with(args, kwargs, changed)
+            return with_changed(args, kwargs, changed)
 
         handles = [experts.register_forward_pre_hook(at_experts, with_kwargs=True)]
         if router is not None and scores:
@@ -149,7 +149,7 @@ def ears(
     return install
 
 
-def _with(
+def with_changed(
     args: tuple[Any, ...], kwargs: dict[str, Any], changed: dict[str, tuple[int, Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a call with some of them replaced, wherever they were given."""

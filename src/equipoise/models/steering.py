@@ -129,7 +129,7 @@ def steer(
     carried = weights
     if compiling:
         if scores is not None:
-            carried = torch.ops.equipoise.carry(key, ids, weights, scores, kept, grad)[0]
+            carried = torch.ops.equipoise.carry_weights(key, ids, weights, scores, kept, grad)[0]
     else:
         record = steerer.begin(ids, weights, scores, grad=grad, kept=kept)
         if scores is not None and grad and scores.requires_grad:
@@ -149,7 +149,7 @@ def _(key: int, ids: Tensor, weights: Tensor, scores: Tensor | None) -> Tensor:
     return torch.empty_like(ids)
 
 
-@torch.library.custom_op("equipoise::carry", mutates_args=())
+@torch.library.custom_op("equipoise::carry_weights", mutates_args=())
 def _carry(
     key: int, ids: Tensor, weights: Tensor, scores: Tensor, kept: Tensor | None, grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -170,8 +170,8 @@ def _(
     return torch.empty_like(weights), torch.empty((), dtype=torch.int64)
 
 
-def _with_autograd() -> Any:
-    """Lets a steerer differentiate: the body of a custom operator runs below autograd.
+def with_autograd() -> Any:
+    """A context that lets one differentiate: the body of a custom operator runs below autograd.
 
     PyTorch has no public way back up; this one is under test.
     """
@@ -182,16 +182,18 @@ def _with_autograd() -> Any:
     return torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
-@torch.library.custom_op("equipoise::carry_backward", mutates_args=())
-def _carry_backward(key: int, token: Tensor, scores: Tensor) -> Tensor:
+# What arrives is not looked at, but waited for: the compiler moves into the forward pass whatever of
+# the backward pass does not depend on it.
+@torch.library.custom_op("equipoise::carry_weights_gradient", mutates_args=())
+def _carry_gradient(key: int, token: Tensor, scores: Tensor, arriving: Tensor) -> Tensor:
     steerer, record = _STEERERS.get(key), _RECORDS.pop(int(token), None)
-    with _with_autograd():
+    with with_autograd():
         found = steerer.gradient(record, scores) if steerer is not None else None
     return torch.zeros_like(scores) if found is None else found.contiguous()
 
 
-@_carry_backward.register_fake
-def _(key: int, token: Tensor, scores: Tensor) -> Tensor:
+@_carry_gradient.register_fake
+def _(key: int, token: Tensor, scores: Tensor, arriving: Tensor) -> Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
@@ -202,7 +204,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_weights: Tensor, _: Tensor) -> tuple[Any, ...]:
     token, scores = ctx.saved_tensors
-    found = torch.ops.equipoise.carry_backward(ctx.key, token, scores)
+    found = torch.ops.equipoise.carry_weights_gradient(ctx.key, token, scores, grad_weights)
     return None, None, grad_weights, found, None, None
 
 

@@ -15,10 +15,14 @@ from tests.balance.conformance import settings
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def two_processes(folder: Path) -> list[dict[str, Any]]:
-    """What two processes found, rank by rank: gradients and biases in every parallel setting."""
+def two_processes(folder: Path, name: str = "") -> list[dict[str, Any]]:
+    """What two processes found, rank by rank: gradients and biases.
+
+    Of every method in the parallel setting of this name, or of the tests' methods in each of them.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     worker = ["--nproc-per-node", "2", "-m", "tests.balance.conformance.worker", str(folder)]
+    worker += [name] if name else []
     done = subprocess.run(
         [*command, *worker],
         cwd=ROOT,

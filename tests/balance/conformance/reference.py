@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from equipoise.models import discover
-from tests.balance.conformance.models import EXPERTS, GROUPS, LENGTH, ROWS, TOP_K, batch, build
+from tests.balance.conformance.models import (
+    EXPERTS,
+    GROUPS,
+    LENGTH,
+    ROWS,
+    TOP_K,
+    Batch,
+    batch,
+    build,
+)
 
 GROUP_OF_E = torch.arange(EXPERTS) // (EXPERTS // GROUPS)
 DECAY = 0.5
@@ -53,6 +62,8 @@ class Heard:
     scores: list[Tensor]
     ids: list[Tensor]
     probs: list[Tensor]
+    outputs: list[Tensor]
+    """What each selected expert gives by itself [T, K, D], from its weights."""
     valid_T: Tensor
     segment_T: Tensor
 
@@ -77,28 +88,71 @@ class Split:
 
 
 @cache
-def heard(family: str, kind: str, number: int) -> Heard:
-    """The full batch through a model that nothing is attached to."""
-    model, data = build(family).double(), batch(kind, number)
-    model.set_experts_implementation("eager")
-    sites = discover(model)
-    found: dict[str, Any] = {}
-    taps = [site.observe(lambda r: found.__setitem__(r.path, r)) for site in sites]
-    main = data.main_loss(model(**data.given).logits)
-    for tap in taps:
-        tap.remove()
-    routings = [found[site.path] for site in sites]
-    scores = [r.scores_TE for r in routings]
-    gates = [s.softmax(-1) if family == "mixtral" else s.sigmoid() for s in scores]
-    return Heard(
-        model,
-        main,
-        scores,
-        [r.expert_ids_TK for r in routings],
-        [g / g.sum(-1, keepdim=True) for g in gates],
-        data.valid_BS.reshape(-1),
-        data.segment_BS.reshape(-1),
+def heard(family: str, kind: str, number: int, rounded: Split | None = None) -> Heard:
+    """The full batch through a model that nothing is attached to, in one piece and in float64.
+
+    With `rounded`, in bfloat16 and the pieces of that split: a router's scores feel how many rows
+    are multiplied at once.
+    """
+    model, data = build(family), batch(kind, number)
+    pieces = [data]
+    if rounded is None:
+        model = model.double()
+        model.set_experts_implementation("eager")
+    else:
+        model = model.bfloat16()
+        micros, ranks = range(rounded.micro), range(rounded.ranks)
+        pieces = [data.rows(*rounded.rows(m, r)) for m in micros for r in ranks]
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in discover(model)]
+    main = torch.zeros((), dtype=torch.float64)
+    for piece in pieces:
+        loss_, layers = _listened(model, piece)
+        main = main + loss_.double()
+        for layer, of_piece in zip(found, layers, strict=True):
+            layer.append(of_piece)
+    scores, ids, outputs = zip(
+        *([torch.cat(column) for column in zip(*layer, strict=True)] for layer in found),
+        strict=True,
     )
+    gates = [s.softmax(-1) if family == "mixtral" else s.sigmoid() for s in scores]
+    probs = [g / g.sum(-1, keepdim=True) for g in gates]
+    rows = (data.valid_BS.reshape(-1), data.segment_BS.reshape(-1))
+    return Heard(model, main, list(scores), list(ids), probs, list(outputs), *rows)
+
+
+def _listened(model: Any, piece: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The user's loss; scores in float64, ids, and the experts' outputs of each layer."""
+    sites, found, hidden = discover(model), {}, {}
+    taps = [site.observe(lambda r: found.__setitem__(r.path, r)) for site in sites]
+    hooks = [
+        site.module.register_forward_pre_hook(lambda m, args: hidden.__setitem__(m, args[0]))
+        for site in sites
+    ]
+    main = piece.main_loss(model(**piece.given).logits)
+    for handle in (*taps, *hooks):
+        handle.remove()
+    layers = []
+    for site in sites:
+        routing = found[site.path]
+        outputs = experts_of(site.module, hidden[site.module], routing.expert_ids_TK)
+        layers.append((routing.scores_TE.double(), routing.expert_ids_TK, outputs.double()))
+    return main, layers
+
+
+def experts_of(module: Any, hidden_TD: Tensor, ids_TK: Tensor) -> Tensor:
+    """down (silu(gate x) * up x) of each selected expert [T, K, D].
+
+    In bfloat16 by the module itself: the sign of a product of two outputs may hang on their rounding.
+    """
+    if hidden_TD.dtype == torch.bfloat16:
+        rows, ids = hidden_TD.repeat_interleave(TOP_K, 0), ids_TK.reshape(-1, 1)
+        ones = torch.ones(ids.shape, dtype=rows.dtype)
+        found: Tensor = module.forward(rows, ids, ones)
+        return found.view(*ids_TK.shape, -1)
+    inner = torch.einsum("tkfd,td->tkf", module.gate_up_proj[ids_TK], hidden_TD)
+    gate, up = inner.chunk(2, dim=-1)
+    act = torch.nn.functional.silu(gate) * up
+    return torch.einsum("tkdf,tkf->tkd", module.down_proj[ids_TK], act)
 
 
 def value(objective: str, load: Tensor, prob_E: Tensor) -> Tensor:
@@ -123,6 +177,18 @@ def token_value(objective: str, scores_TE: Tensor, probs_TE: Tensor) -> Tensor:
     if objective == "z":
         return scores_TE.exp().sum(-1).log().square()
     return 1 + (probs_TE * probs_TE.log()).sum(-1) / math.log(EXPERTS)
+
+
+def projection_value(outputs_TKD: Tensor) -> Tensor:
+    """Output orthogonality: mean length of one output's projection on another's, [T]."""
+    slots = outputs_TKD.unbind(1)
+    found = [
+        ((a * b).sum(-1) / b.square().sum(-1)).abs() * b.square().sum(-1).sqrt()
+        for i, a in enumerate(slots)
+        for j, b in enumerate(slots)
+        if i != j
+    ]
+    return torch.stack(found).mean(0)
 
 
 def weight_value(kind: str, weight_ED: Tensor) -> Tensor:
@@ -173,7 +239,7 @@ def units(term: Term, run: Heard, split: Split, expected: int | None) -> list[Un
             out.append(Unit(rows, share, m))
         return out
     each = 1 / (split.micro * split.ranks)
-    if scope in ("micro", "previous") or term.objective in ("z", "entropy"):
+    if scope in ("micro", "previous"):
         return [Unit(rows, each, m) for (m, _), rows in pieces.items()]
     assert scope == "sequence"
     out = []
@@ -228,13 +294,15 @@ def loss(
     total = run.main * 0
     for layer, (scores, probs) in enumerate(zip(run.scores, run.probs, strict=True)):
         if term.objective == "router_orthogonality":
-            total = total + weight_value(term.kind, routers(run.model)[layer])
+            total = total + weight_value(term.kind, routers(run.model)[layer].double())
             continue
         for unit in units(term, run, split, expected):
             rows = unit.rows
             if not len(rows):
                 continue
-            if term.objective in ("z", "entropy"):
+            if term.objective == "output_orthogonality":
+                found = projection_value(run.outputs[layer][rows]).mean()
+            elif term.objective in ("z", "entropy"):
                 found = token_value(term.objective, scores[rows], probs[rows]).mean()
             elif term.objective == "score_variance":
                 found = -probs[rows].var(0, unbiased=False).mean()

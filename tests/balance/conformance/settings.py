@@ -41,6 +41,10 @@ class Setting:
     """Say how many tokens the step has."""
     parallel: str = "none"
     """"none", "ddp", "fsdp2"."""
+    reduction: str = "mean"
+    """What becomes of the ranks' gradients."""
+    dtype: torch.dtype = torch.float32
+    """Of the model."""
 
 
 SINGLE = (
@@ -58,31 +62,42 @@ SINGLE = (
     Setting(
         "interleaved, non-reentrant", Split(4), checkpointing="non-reentrant", interleaved=True
     ),
+    Setting("bfloat16", Split(2), dtype=torch.bfloat16),
 )
 COMPILED = (
     Setting("compiled", Split(2), backend="aot_eager"),
     Setting(
         "compiled, non-reentrant", Split(2), checkpointing="non-reentrant", backend="aot_eager"
     ),
+    Setting("inductor", Split(2), backend="inductor"),
 )
 PARALLEL = (
     Setting("DDP", Split(1, 2), data="full", parallel="ddp"),
     Setting("DDP, 4 micro-batches", Split(4, 2), parallel="ddp"),
+    Setting("DDP, reentrant", Split(2, 2), checkpointing="reentrant", parallel="ddp"),
     Setting("DDP, non-reentrant", Split(2, 2), checkpointing="non-reentrant", parallel="ddp"),
     Setting("DDP, a rank without tokens", Split(1, 2), data="empty", parallel="ddp"),
+    Setting("DDP, gradients summed", Split(2, 2), parallel="ddp", reduction="sum"),
     Setting("FSDP2", Split(1, 2), data="full", parallel="fsdp2"),
     Setting("FSDP2, 2 micro-batches", Split(2, 2), parallel="fsdp2"),
     Setting("FSDP2, reentrant", Split(2, 2), checkpointing="reentrant", parallel="fsdp2"),
+    Setting("FSDP2, non-reentrant", Split(2, 2), checkpointing="non-reentrant", parallel="fsdp2"),
+    Setting("FSDP2, a rank without tokens", Split(1, 2), data="empty", parallel="fsdp2"),
+    Setting("FSDP2, gradients summed", Split(2, 2), parallel="fsdp2", reduction="sum"),
 )
 SETTINGS = (*SINGLE, *COMPILED, *PARALLEL)
+_LIKE_OTHERS = ("DDP, reentrant", "FSDP2, non-reentrant", "FSDP2, a rank without tokens")
+TESTED_PARALLEL = tuple(s for s in PARALLEL if s.name not in _LIKE_OTHERS)
+"""The tests leave the rest to the script."""
 
 LOADS = ("switch", "squared", "importance", "load_cv", "group", "communication")
+TOKENS = ("z", "entropy", "output_orthogonality")
 SCOPES = ("sequence", "micro", "group", "global", "exact", "running", "subset", "previous")
 TERMS = (
     *(Term(objective, scope) for objective in LOADS for scope in SCOPES),
     Term("switch", "global", count="unbiased"),
     Term("switch", "global", count="kept"),
-    *(Term(o, scope) for o in ("z", "entropy") for scope in ("micro", "group", "exact")),
+    *(Term(o, scope) for o in TOKENS for scope in ("micro", "group", "exact")),
     Term("score_variance", "micro"),
     Term("router_orthogonality", "micro", kind="ernie"),
     Term("router_orthogonality", "micro", kind="simbal"),
@@ -95,15 +110,20 @@ TELLING = tuple(
     or (
         t.objective in ("importance", "communication") and t.scope in ("sequence", "group", "exact")
     )
+    or (t.objective == "output_orthogonality" and t.scope == "group")
     or t.kind == "ernie"
 )
 """Terms that between them take every way that a pass's counts, scores and gradients can go."""
-WITH_ALL_TERMS = (*SINGLE[:3], PARALLEL[1], PARALLEL[5])
+WITH_ALL_TERMS = (
+    *("1 micro-batch", "2 micro-batches", "4 micro-batches"),
+    *("DDP, 4 micro-batches", "FSDP2, 2 micro-batches"),
+)
+"""Settings in which the tests try all methods, not only telling ones, as the script does in each."""
 
 
-def terms_of(setting: Setting) -> tuple[Term, ...]:
+def terms_of(setting: Setting, every: bool = False) -> tuple[Term, ...]:
     """All terms under each split; telling ones where only the way of running differs."""
-    return TERMS if setting in WITH_ALL_TERMS else TELLING
+    return TERMS if every or setting.name in WITH_ALL_TERMS else TELLING
 
 
 def loss_of(term: Term, weight: Callable[[int], float] | float = WEIGHT) -> Loss:
@@ -121,7 +141,7 @@ def loss_of(term: Term, weight: Callable[[int], float] | float = WEIGHT) -> Loss
 
 def prepared(family: str, setting: Setting, wrap: Wrap | None = None) -> Any:
     """A model under the setting's checkpointing, parallelism and compilation."""
-    model = build(family)
+    model = build(family).to(setting.dtype)
     if setting.checkpointing != "none":
         kwargs: dict[str, Any] = {"use_reentrant": setting.checkpointing == "reentrant"}
         if setting.checkpointing == "selective":
@@ -166,7 +186,11 @@ class Runner:
         self.model = prepared(family, setting, wrap)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=learning_rate)
         self.handle: Handle = attach(
-            self.model, *terms, optimizer=self.optimizer, accumulation=setting.split.micro
+            self.model,
+            *terms,
+            optimizer=self.optimizer,
+            accumulation=setting.split.micro,
+            reduction=setting.reduction,
         )
         self._exact = any(scope.late for scope in self.handle.book.scopes)
 
@@ -195,7 +219,8 @@ class Runner:
         waiting: list[Tensor] = []
         for index, piece in enumerate(pieces):
             with _unsynced(self.model, last=index == len(pieces) - 1):
-                loss = piece.main_loss(self.model(**piece.given).logits) * self.setting.split.ranks
+                averaged = self.setting.split.ranks if self.setting.reduction == "mean" else 1
+                loss = piece.main_loss(self.model(**piece.given).logits) * averaged
                 if self.setting.evaluates:
                     self._evaluate(number)
                 if self.setting.interleaved:

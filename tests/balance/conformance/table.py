@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.balance.conformance.controllers import (
     CONTROLLERS,
+    Tried,
+    deviation,
     expected,
     follows,
     run_bias,
     run_weights,
-    tried_in,
 )
 from tests.balance.conformance.models import FAMILIES
 from tests.balance.conformance.reference import Split, Term
@@ -29,13 +34,27 @@ from tests.balance.conformance.settings import (
     run,
     terms_of,
 )
-from tests.balance.conformance.verdict import judge, same_as_full_batch
+from tests.balance.conformance.verdict import TOLERANCE, differences, same_as_full_batch
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "conformance.md"
 BEGIN, END = "<!-- table: python scripts/conformance.py -->", "<!-- end of table -->"
-EQUAL, DEFINED, NOT_RUN, WRONG = "=", "def", "", "WRONG"
+EQUAL, DEFINED, WRONG = "=", "def", "WRONG"
+ASKED = 1e-6
+"""Relative difference that float32 columns are held against below the table."""
 Found = list[dict[str, Any]]
 """What each of two processes found."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method gave in one setting."""
+
+    says: str
+    difference: float
+    """From the reference, the larger of both families; of the histogram by bins, so NaN."""
+
+
+Column = dict[str, Cell]
 
 
 def name_of(term: Term) -> str:
@@ -50,18 +69,18 @@ def row_names() -> list[str]:
     return [*map(name_of, TERMS), *CONTROLLERS]
 
 
-def chunks_of(setting: Setting) -> list[tuple[Term, ...]]:
+def chunks_of(setting: Setting, every: bool = False) -> list[tuple[Term, ...]]:
     """Terms that are attached together; compiled code takes all at once, to be compiled once."""
-    terms = terms_of(setting)
+    terms = terms_of(setting, every)
     return [terms] if setting in COMPILED else chunks(terms)
 
 
 def outcomes(
-    family: str, setting: Setting, ranks: Found
+    family: str, setting: Setting, ranks: Found, every: bool = False
 ) -> Iterator[tuple[tuple[Term, ...], list[list[Outcome]]]]:
     """The outcomes of each chunk of terms, one list per rank."""
     start = 0
-    for chunk in chunks_of(setting):
+    for chunk in chunks_of(setting, every):
         if setting not in PARALLEL:
             yield chunk, [list(run(family, setting, chunk))]
             continue
@@ -82,44 +101,73 @@ def loss_cell(term: Term, setting: Setting) -> str:
     return EQUAL if equal else DEFINED
 
 
-def loss_cells(setting: Setting, ranks: Found) -> dict[str, str]:
-    """A column of the losses."""
-    wrong: set[str] = set()
+def controller_cell(tried: Tried, setting: Setting) -> str:
+    """The same of a controller."""
+    return EQUAL if tried.splits or setting.split == ONE else DEFINED
+
+
+def column(setting: Setting, ranks: Found) -> Column:
+    """Every method in one setting."""
+    return _losses(setting, ranks) | _controllers(setting, ranks)
+
+
+def _losses(setting: Setting, ranks: Found) -> Column:
+    found: dict[str, float] = {}
     for family in FAMILIES:
-        for chunk, by_rank in outcomes(family, setting, ranks):
-            wrong |= set(judge(family, setting, chunk, by_rank))
+        for chunk, by_rank in outcomes(family, setting, ranks, every=True):
+            for name, d in differences(family, setting, chunk, by_rank).items():
+                found[name] = max(d, found.get(name, 0.0))
+    right = TOLERANCE[setting.dtype]
     return {
-        name_of(t): WRONG if t.name in wrong else loss_cell(t, setting) for t in terms_of(setting)
+        name_of(t): Cell(loss_cell(t, setting) if found[t.name] <= right else WRONG, found[t.name])
+        for t in TERMS
     }
 
 
-def controller_cells(setting: Setting, ranks: Found) -> dict[str, str]:
-    """A column of the controllers."""
+def _controllers(setting: Setting, ranks: Found) -> Column:
     cells = {}
-    for name, tried in tried_in(setting).items():
-        right = True
+    for name, tried in CONTROLLERS.items():
+        right, worst = True, math.nan if tried.binned else 0.0
         for family in FAMILIES:
             if setting in PARALLEL:
-                held = ranks[0]["controllers"][setting.name, family, name]
+                held, other = (r["controllers"][setting.name, family, name] for r in ranks)
+                right = right and all(map(torch.equal, held, other))
             else:
                 held = (run_bias if tried.is_bias else run_weights)(tried, family, setting)
-            right = right and follows(tried, held, expected(tried, family, setting, held))
-        equal = tried.splits or setting.split == ONE
-        cells[name] = (EQUAL if equal else DEFINED) if right else WRONG
+            wanted = expected(tried, family, setting, held)
+            right = right and follows(tried, held, wanted)
+            worst = max(worst, deviation(held, wanted))
+        cells[name] = Cell(controller_cell(tried, setting) if right else WRONG, worst)
     return cells
 
 
-def table(ranks: Found) -> list[str]:
-    """The lines of the table, all settings run."""
-    columns = [loss_cells(s, ranks) | controller_cells(s, ranks) for s in SETTINGS]
+def lines(columns: Sequence[Column]) -> list[str]:
+    """The lines of the table, and what differences were seen."""
     numbers = range(1, len(SETTINGS) + 1)
-    lines = [f"| method | {' | '.join(map(str, numbers))} |", "|---" * (len(SETTINGS) + 1) + "|"]
-    lines += [
-        f"| {name} | {' | '.join(column.get(name, NOT_RUN) for column in columns)} |"
+    head = [f"| method | {' | '.join(map(str, numbers))} |", "|---" * (len(SETTINGS) + 1) + "|"]
+    rows = [
+        f"| {name} | {' | '.join(column[name].says for column in columns)} |"
         for name in row_names()
     ]
     legend = [f"{n}. {setting.name}{_data(setting)}" for n, setting in enumerate(SETTINGS, 1)]
-    return [*legend, "", *lines]
+    return [*legend, "", *head, *rows, "", *_seen(columns)]
+
+
+def _seen(columns: Sequence[Column]) -> Iterator[str]:
+    """Largest differences by type, and every cell of float32 above what is asked for."""
+    cells = [
+        (cell.difference, name, number, setting.dtype)
+        for number, (setting, column) in enumerate(zip(SETTINGS, columns, strict=True), 1)
+        for name, cell in column.items()
+        if not math.isnan(cell.difference)
+    ]
+    for dtype in TOLERANCE:
+        worst, name, number, _ = max(c for c in cells if c[3] == dtype)
+        kind = str(dtype).removeprefix("torch.")
+        yield f"Largest difference in {kind}: {worst:.1e} ({name}, column {number})."
+    above = [c for c in sorted(cells, reverse=True) if c[0] > ASKED and c[3] == torch.float32]
+    listed = "; ".join(f"{name}, column {number}: {d:.1e}" for d, name, number, _ in above)
+    yield f"In float32 above {ASKED:.0e}: {listed or 'none'}."
 
 
 def _data(setting: Setting) -> str:
@@ -133,16 +181,16 @@ def _data(setting: Setting) -> str:
 def read() -> tuple[list[str], list[str], dict[str, list[str]]]:
     """Legend, column heads and rows of the page as it is."""
     part = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    lines = [line for line in part.splitlines() if line.strip()]
-    legend = [line.split(". ", 1)[1] for line in lines if not line.startswith("|")]
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    found = [line for line in part.splitlines() if line.strip()]
+    legend = [line.split(". ", 1)[1] for line in found if line[0].isdigit()]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in found if line.startswith("|")]
     return legend, rows[0][1:], {row[0]: row[1:] for row in rows[2:]}
 
 
-def write(ranks: Found) -> int:
+def write(columns: Sequence[Column]) -> int:
     """Rewrite the page's table; gives the number of wrong cells."""
-    lines = table(ranks)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
-    return "\n".join(lines).count(WRONG)
+    made = "\n".join([BEGIN, "", *lines(columns), "", END])
+    PAGE.write_text(before + made + after, encoding="utf-8")
+    return sum(cell.says == WRONG for column in columns for cell in column.values())

@@ -18,7 +18,7 @@ from tests.balance.conformance.controllers import (
     tried_in,
 )
 from tests.balance.conformance.models import FAMILIES
-from tests.balance.conformance.settings import COMPILED, PARALLEL, SINGLE, Setting
+from tests.balance.conformance.settings import COMPILED, SINGLE, TESTED_PARALLEL, Setting
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,6 @@ def test_bias_is_that_of_the_rule(setting: Setting, family: str) -> None:
         follows_its_rule(tried, family, setting, held)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", COMPILED[:1], ids=lambda s: s.name)
 @pytest.mark.parametrize("name", ["Sign", "QuantileHistogram"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +50,7 @@ def test_compiled_bias_is_that_of_the_rule(setting: Setting, name: str, family: 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("setting", PARALLEL, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", TESTED_PARALLEL, ids=lambda s: s.name)
 def test_parallel_bias_is_that_of_the_rule(
     setting: Setting, family: str, ranks: list[dict[str, Any]]
 ) -> None:

@@ -22,6 +22,7 @@ from equipoise.balance import (
 from tests.balance.conformance.models import EXPERTS, FAMILIES, Batch, batch, build
 from tests.balance.conformance.reference import Term, gradients, heard, loss
 from tests.balance.conformance.settings import SINGLE, Runner, Setting, loss_of, run
+from tests.balance.conformance.verdict import heard_in
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +112,7 @@ def counts(handle: Handle) -> Tensor:
 def test_every_token_is_counted_once(setting: Setting, family: str) -> None:
     runner = Runner(family, setting, [loss_of(Term("switch", "exact"))])
     runner.step(0)
-    run_ = heard(family, setting.data, 0)
+    run_ = heard_in(setting, family, 0)
     wanted = [torch.bincount(ids[run_.valid_T].reshape(-1), minlength=EXPERTS) for ids in run_.ids]
     assert torch.equal(counts(runner.handle).long(), torch.stack(wanted))
 

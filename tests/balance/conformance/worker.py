@@ -1,7 +1,8 @@
 """What each of two processes runs: every parallel setting, each rank on its own rows.
 
-    torchrun --nproc-per-node 2 -m tests.balance.conformance.worker FOLDER
+    torchrun --nproc-per-node 2 -m tests.balance.conformance.worker FOLDER [SETTING]
 
+With the name of a setting, every method in that one; else the tests' methods in all.
 Writes FOLDER/rank-<n>.pt; gradients and biases are whole, so those of rank 0 are enough, but both
 ranks write theirs: they have to agree.
 """
@@ -20,13 +21,21 @@ from equipoise.balance import Bias, Loss, Sign, attach
 from equipoise.errors import EquipoiseError
 from tests.balance.conformance.controllers import run_bias, run_weights, tried_in
 from tests.balance.conformance.models import FAMILIES, batch, build
-from tests.balance.conformance.settings import PARALLEL, Setting, Wrap, chunks, run, terms_of
+from tests.balance.conformance.settings import (
+    PARALLEL,
+    TESTED_PARALLEL,
+    Setting,
+    Wrap,
+    chunks,
+    run,
+    terms_of,
+)
 
 
-def wrapper(kind: str) -> Wrap:
+def wrapper(setting: Setting) -> Wrap:
     """Wraps a model for data parallel training."""
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel
+    if setting.parallel == "ddp":
+        return _summed if setting.reduction == "sum" else nn.parallel.DistributedDataParallel
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -36,30 +45,47 @@ def wrapper(kind: str) -> Wrap:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        if setting.reduction == "sum":
+            for module in (*model.model.layers, model):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other to divide by
         return model  # type: ignore[no-any-return]
 
     return wrap
 
 
-def losses(setting: Setting, family: str) -> dict[tuple[str, str, int], Any]:
+def _summed(model: nn.Module) -> nn.Module:
+    """DDP that adds gradients up."""
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum_of(bucket))
+    return wrapped
+
+
+def _sum_of(bucket: Any) -> Any:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def losses(setting: Setting, family: str, every: bool) -> dict[tuple[str, str, int], Any]:
     """Outcomes by setting, family and number of the term."""
-    wrap, rank = wrapper(setting.parallel), dist.get_rank()
+    wrap, rank = wrapper(setting), dist.get_rank()
     found, number = {}, 0
-    for chunk in chunks(terms_of(setting)):
+    for chunk in chunks(terms_of(setting, every)):
         for outcome in run(family, setting, chunk, rank=rank, wrap=wrap):
             found[setting.name, family, number] = outcome
             number += 1
     return found
 
 
-def controlled(setting: Setting, family: str) -> dict[tuple[str, str, str], Any]:
+def controlled(setting: Setting, family: str, every: bool) -> dict[tuple[str, str, str], Any]:
     """What controllers made, by setting, family and name of the controller."""
-    wrap, rank = wrapper(setting.parallel), dist.get_rank()
+    wrap, rank = wrapper(setting), dist.get_rank()
     return {
         (setting.name, family, name): (run_bias if tried.is_bias else run_weights)(
             tried, family, setting, rank=rank, wrap=wrap
         )
-        for name, tried in tried_in(setting).items()
+        for name, tried in tried_in(setting, every).items()
     }
 
 
@@ -78,19 +104,21 @@ def refused(scope: str) -> str:
     return "nothing"
 
 
-def main(folder: str) -> None:
-    """Run all, and leave the outcomes in a file."""
+def main(folder: str, name: str = "") -> None:
+    """Run one setting, or all, and leave the outcomes in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    every = bool(name)
     found: dict[str, Any] = {"losses": {}, "controllers": {}}
-    found["refused"] = {scope: refused(scope) for scope in ("micro", "global")}
-    for setting in PARALLEL:
+    if not every:
+        found["refused"] = {scope: refused(scope) for scope in ("micro", "global")}
+    for setting in [s for s in PARALLEL if s.name == name] if every else TESTED_PARALLEL:
         for family in FAMILIES:
-            found["losses"] |= losses(setting, family)
-            found["controllers"] |= controlled(setting, family)
+            found["losses"] |= losses(setting, family, every)
+            found["controllers"] |= controlled(setting, family, every)
     torch.save(found, Path(folder) / f"rank-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
