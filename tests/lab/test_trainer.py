@@ -117,7 +117,7 @@ def poisoned(name: str, step: int) -> Callable[[Any], None]:
     taken = trainer.Run._step
 
     def step_of(run: Any) -> None:
-        if run.state.step == step:
+        if run.step == step:
             with torch.no_grad():
                 run.plain.get_parameter(name).view(-1)[0] = torch.nan
         taken(run)
@@ -152,7 +152,7 @@ def test_an_output_that_overflows_names_its_layer(
     taken = trainer.Run._step
 
     def step(run: Any) -> None:
-        if run.state.step == 2:
+        if run.step == 2:
             with torch.no_grad():
                 run.plain.blocks[1].mlp.experts.inner_proj.fill_(1e25)
         taken(run)
@@ -167,15 +167,15 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     from equipoise.lab import trainer
 
-    noted = trainer.Run._note
+    after = trainer.Run._after_step
 
-    def note(run: Any, *values: Any) -> None:
-        if run.state.step == 3:
+    def broken(run: Any) -> None:
+        if run.step == 3:
             with torch.no_grad():
                 run.plain.norm.weight[0] = torch.inf
-        noted(run, *values)
+        after(run)
 
-    monkeypatch.setattr(trainer.Run, "_note", note)
+    monkeypatch.setattr(trainer.Run, "_after_step", broken)
     with pytest.raises(EquipoiseError, match=r"step 3: the weight norm\.weight is not finite"):
         train(configure(checkpoint_seconds=0), tmp_path / "a")
     assert RunFolder(tmp_path / "a").load_checkpoint()["step"] == 2

@@ -53,7 +53,7 @@ def poisoned(config: Config, out: Path) -> str:
     taken = trainer.Run._step
 
     def step(run: Any) -> None:
-        if run.state.step == 2 and run.processes.rank == 1:
+        if run.step == 2 and run.processes.rank == 1:
             run.plain.blocks[1].mlp.gate.weight.data.fill_(float("nan"))
         taken(run)
 

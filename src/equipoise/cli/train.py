@@ -100,7 +100,7 @@ def _train(
     tell(f"Training {config.name}: {config.steps:,} steps of {config.step_tokens:,} tokens.")
     with _stopped(path, tell), ExitStack() as stack:
         sinks = [stack.enter_context(logger) for logger in loggers]
-        update = stack.enter_context(progress("steps", quiet=quiet, bar_width=8))
+        update = stack.enter_context(progress("steps", quiet=quiet, bar_width=5))
 
         def show(now: Any) -> None:
             if update is not None:
@@ -128,9 +128,9 @@ def _silent(text: str) -> None:
 
 
 def _note(now: Any) -> str:
-    load = f", MaxVio {now.max_vio:.2f} (chance {now.floor:.2f})"
+    load = f" MaxVio {now.max_vio:.2f} (chance {now.floor:.2f})"
     return (
-        f"loss {now.loss:.3f}{'' if math.isnan(now.max_vio) else load}, "
+        f"loss {now.loss:.3f}{'' if math.isnan(now.max_vio) else load} "
         f"{now.tokens_per_second:,.0f} tok/s"
     )
 
@@ -245,8 +245,8 @@ def _table(result: Mapping[str, Any], last: Mapping[str, Any]) -> None:
     screen.print(table)
     load = f", MaxVio {result['max_vio']:.3f} (chance alone {result['max_vio_floor']:.3f})"
     screen.print(
-        f"Mean loss {result['loss']:.3f}{'' if math.isnan(result['max_vio']) else load}; "
-        f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s; "
+        f"Mean loss {result['loss']:.3f}{'' if math.isnan(result['max_vio']) else load}.\n"
+        f"Trained on {result['tokens']:,} tokens in {result['seconds']:,.0f} s; "
         f"{result['parameters']['total']:,} parameters, {result['parameters']['active']:,} active."
     )
 

@@ -4,10 +4,11 @@
 
 | module | holds |
 |---|---|
-| `config`, `terms`, `recipes` | what a run is; balancing and routers as text; named configs |
+| `config`, `checks`, `terms`, `recipes` | what a run is, and may not be; terms as text; named configs |
 | `corpus`, `hub`, `batches` | text to token streams by domain; which rows make which step |
 | `model`, `routers`, `loss` | the language model around `nn.MoELayer` |
-| `trainer`, `optim`, `processes`, `states` | training, resuming, one process or several |
+| `trainer`, `run`, `journal`, `optim` | training: the loop, what it notes, its optimizers |
+| `processes`, `states` | one process or several; checkpoints |
 | `meter`, `evaluate` | loads in training; losses and loads on held-out text by domain |
 | `folder`, `weights`, `export` | a run's folder; its weights, also as a transformers model |
 | `stopping`, `saving`, `diagnosis` | Ctrl-C; a full disk; where NaN came from |

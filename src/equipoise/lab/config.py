@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from equipoise.errors import EquipoiseError, nearest
-from equipoise.lab.terms import balancing, one, parse
+from equipoise.lab.checks import check
 
 
 @dataclass(frozen=True)
@@ -245,145 +244,3 @@ def _as(value: Any, wanted: Any) -> Any:
     if not isinstance(value, str):
         raise TypeError
     return value
-
-
-def check(config: Config) -> None:
-    """Raise EquipoiseError for values that cannot be, alone or together."""
-    parts: dict[str, Any] = {
-        "model": config.model,
-        "data": config.data,
-        "optimizer": config.optimizer,
-        "": config,
-    }
-    for prefix, part in parts.items():
-        for entry in fields(part):
-            _in_range(f"{prefix}.{entry.name}".lstrip("."), getattr(part, entry.name))
-    _shapes(config)
-    _rows(config)
-    _text(config.data)
-    _methods(config)
-
-
-_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    (
-        "model.hidden_size model.layers model.heads model.kv_heads model.experts model.top_k "
-        "model.expert_size model.dense_size model.max_positions data.vocab_size "
-        "data.held_out_tokens data.row_length data.block tokens batch_rows micro_rows threads",
-        "at least 1",
-        lambda value: value >= 1,
-    ),
-    (
-        "model.dense_layers model.shared_experts model.router_std optimizer.weight_decay "
-        "optimizer.clip seed evaluate_every evaluation_tokens checkpoint_seconds",
-        "0 or more",
-        lambda value: 0 <= value < math.inf,
-    ),
-    (
-        "model.rope_theta model.norm_eps model.init_std optimizer.lr optimizer.muon_lr "
-        "optimizer.router_lr_scale",
-        "above 0, and finite",
-        lambda value: 0 < value < math.inf,
-    ),
-    (
-        "optimizer.warmup_share optimizer.decay_share optimizer.floor",
-        "from 0 to 1",
-        lambda value: 0 <= value <= 1,
-    ),
-    ("optimizer.beta1 optimizer.beta2", "from 0 to below 1", lambda value: 0 <= value < 1),
-)
-
-
-def _in_range(name: str, value: Any) -> None:
-    for names, said, allowed in _RANGES:
-        if name in names.split() and not allowed(value):
-            raise EquipoiseError(f"{name}={value}; it has to be {said}.")
-
-
-def _shapes(config: Config) -> None:
-    model = config.model
-    _divides("model.heads", model.heads, "model.hidden_size", model.hidden_size)
-    _divides("model.kv_heads", model.kv_heads, "model.heads", model.heads)
-    if model.hidden_size // model.heads % 2:
-        raise EquipoiseError(
-            f"model.hidden_size={model.hidden_size} over model.heads={model.heads}: rotary "
-            "positions need heads of an even width."
-        )
-    if model.top_k > model.experts:
-        raise EquipoiseError(
-            f"model.top_k={model.top_k} is more than model.experts={model.experts}."
-        )
-    if model.dense_layers >= model.layers:
-        raise EquipoiseError(
-            f"model.dense_layers={model.dense_layers} of model.layers={model.layers} leaves no "
-            "layer with experts."
-        )
-
-
-def _rows(config: Config) -> None:
-    data, positions = config.data, config.model.max_positions
-    _divides("micro_rows", config.micro_rows, "batch_rows", config.batch_rows)
-    _divides("data.block", data.block, "batch_rows", config.batch_rows)
-    if data.row_length > positions:
-        raise EquipoiseError(
-            f"data.row_length={data.row_length} is more than model.max_positions={positions}."
-        )
-    small, large = sorted((data.block, config.micro_rows))
-    if data.arrangement == "domain" and large % small:
-        raise EquipoiseError(
-            f"data.arrangement=domain with data.block={data.block} and micro_rows="
-            f"{config.micro_rows}: one has to be a multiple of the other, for micro-batches of one "
-            "domain, or of whole blocks."
-        )
-    if config.tokens < config.step_tokens:
-        raise EquipoiseError(
-            f"tokens={config.tokens} is less than one step of {config.step_tokens} "
-            f"(batch_rows={config.batch_rows} x data.row_length={data.row_length})."
-        )
-
-
-def _text(data: DataConfig) -> None:
-    if not SMALLEST_VOCABULARY <= data.vocab_size <= LARGEST_VOCABULARY:
-        raise EquipoiseError(
-            f"data.vocab_size={data.vocab_size}; allowed is {SMALLEST_VOCABULARY} (256 bytes and "
-            f"two marks) to {LARGEST_VOCABULARY} (tokens are kept in 16 bits)."
-        )
-    if data.held_out_tokens <= data.row_length:
-        raise EquipoiseError(
-            f"data.held_out_tokens={data.held_out_tokens} is not one row of data.row_length="
-            f"{data.row_length} and its last target."
-        )
-    if len(set(data.domains)) < len(data.domains):
-        raise EquipoiseError(f"data.domains={','.join(data.domains)} names a domain twice.")
-
-
-def _methods(config: Config) -> None:
-    model, optimizer = config.model, config.optimizer
-    shares = optimizer.warmup_share + optimizer.decay_share
-    if optimizer.schedule == "wsd" and shares > 1:
-        raise EquipoiseError(
-            f"optimizer.warmup_share={optimizer.warmup_share} and optimizer.decay_share="
-            f"{optimizer.decay_share} are more than the whole run together."
-        )
-    balancing(config.balance)
-    if model.capacity != "none" and any(c.name == "capacity" for c in parse(config.balance)):
-        raise EquipoiseError(
-            f"model.capacity={model.capacity!r} and balance={config.balance!r} both limit the load."
-        )
-    from equipoise.lab.routers import check_router
-
-    router = one(model.router)
-    check_router(model, router)
-    if router.name == "hash" and parse(config.balance):
-        raise EquipoiseError(
-            f"balance={config.balance!r} with model.router='hash': its experts are read from a "
-            "table, which nothing balances."
-        )
-
-
-SMALLEST_VOCABULARY = 258
-LARGEST_VOCABULARY = 2**16
-
-
-def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
-    if large % small:
-        raise EquipoiseError(f"{large_name}={large} is not a multiple of {small_name}={small}.")

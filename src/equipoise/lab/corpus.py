@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from equipoise.capture.text import Document, load_text
 from equipoise.errors import EquipoiseError, nearest
-from equipoise.lab.config import SMALLEST_VOCABULARY, DataConfig
+from equipoise.lab.checks import SMALLEST_VOCABULARY
+from equipoise.lab.config import DataConfig
 from equipoise.lab.saving import saving
 
 if TYPE_CHECKING:

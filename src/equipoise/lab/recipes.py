@@ -23,7 +23,7 @@ EIGHT = (
 
 def small() -> Config:
     """The CPU tier: about 2 M parameters, 16 experts top-2, 3 M tokens of eight domains."""
-    return Config(name="small").change({"data.domains": EIGHT})
+    return Config(name="small").change({"data.domains": EIGHT, "model.init_std": 0.06})
 
 
 def small_switch() -> Config:
@@ -66,6 +66,7 @@ def gpu() -> Config:
             "data.row_length": 1024,
             "data.domains": (),
             "model.hidden_size": 512,
+            "model.init_std": 0.02,
             "model.layers": 9,
             "model.dense_layers": 1,
             "model.heads": 8,

@@ -1,8 +1,8 @@
-"""Weights and optimizer state of a model in one process or several, for checkpoints."""
+"""Checkpoints of a run: weights and optimizer in one process or several, and all that moves beside them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,44 @@ from torch import Tensor, nn
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.processes import Processes
 from equipoise.nn import ParallelExperts
+from equipoise.nn.limiter import Limiter
+
+if TYPE_CHECKING:
+    from equipoise.lab.run import Run
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """All that a process needs to go on as if never stopped."""
+    cuda = run.processes.device.type == "cuda"
+    return {
+        "step": run.step,
+        "seconds": run.seconds,
+        "rows": run.journal.rows,
+        "evaluations": run.journal.evaluations,
+        "random": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if cuda else None,
+        "balance": None if run.handle is None else run.handle.state_dict(),
+        "limits": [limiter.state_dict() for limiter in _limiters(run)],
+        **state_of(run.model, run.optimizer, run.processes),
+    }
+
+
+def restore(run: Run, kept: dict[str, Any]) -> None:
+    """Put a run where `snapshot` found it."""
+    load_state(kept, run.model, run.optimizer, run.processes)
+    if run.handle is not None:
+        run.handle.load_state_dict(kept["balance"])
+    for limiter, state in zip(_limiters(run), kept["limits"], strict=True):
+        limiter.load_state_dict(state)
+    run.step, run.seconds = kept["step"], kept["seconds"]
+    run.journal.rows, run.journal.evaluations = kept["rows"], kept["evaluations"]
+    torch.set_rng_state(kept["random"])
+    if kept["cuda"] is not None:
+        torch.cuda.set_rng_state(kept["cuda"])
+
+
+def _limiters(run: Run) -> list[Limiter]:
+    return [layer.limiter for layer in run.plain.moe_layers() if layer.limiter is not None]
 
 
 def state_of(model: nn.Module, optimizer: Any, processes: Processes) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from equipoise.lab.saving import saving
 from equipoise.lab.states import whole_state
 
 if TYPE_CHECKING:
-    from equipoise.lab.trainer import Run
+    from equipoise.lab.run import Run
 
 FILE = "weights.safetensors"
 

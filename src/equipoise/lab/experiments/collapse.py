@@ -26,7 +26,11 @@ def configs(tier: str, seeds: int) -> list[Config]:
     base = small() if tier == "cpu" else gpu()
     router = "softmax(weighting=scores)"
     base = base.change(
-        {"model.router": router, "tokens": 2_000_000 if tier == "cpu" else 50_000_000}
+        {
+            "model.router": router,
+            "model.init_std": 0.02,
+            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
+        }
     )
     conditions: dict[str, dict[str, object]] = {
         "no balancing": {},

@@ -1,0 +1,248 @@
+"""`equipoise train` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from equipoise.cli import main
+from equipoise.lab import RECIPES, load
+from equipoise.lab.folder import RunFolder
+from tests.lab.made_up import SMALL, write_text
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("train")
+    write_text(folder / "text")
+    places = {"data.source": str(folder / "text"), "data.cache": str(folder / "cache")}
+    values = {**SMALL, **places, "data.domains": ""}
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["equipoise", "train", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_recipes_are_listed_with_what_they_are(run: Any) -> None:
+    code, out, _ = run("--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(RECIPES)
+    assert all(len(line.split()) > 3 for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Which recipe? There are tiny"),
+        (["smal"], "Did you mean 'small'?"),
+        (["tiny", "--set", "tokens"], "--set 'tokens': write key=value"),
+        (["tiny", "--set", "=3"], "--set '=3': write key=value"),
+        (["tiny", "--set", "model.expert=3"], "Did you mean 'experts'?"),
+        (["tiny", "--set", "model.top_k=99"], "model.top_k=99 is more than model.experts=16"),
+        (
+            ["tiny", "--set", "data.source=owner/no", "--out", "x"],
+            "data.source='owner/no' is no file",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert said in err
+    assert out == ""
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_run_ends_with_its_losses_what_it_wrote_and_the_next_command(
+    run: Any, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("tiny", *settings, "--set", "balance=switch(weight=0.01)")
+    assert code == 0, err
+    for name in ("abc", "digits", "greek", "Mean loss", "chance alone"):
+        assert name in out
+    assert "6 of 6 steps, loss " in err
+    assert "MaxVio" in err
+    last = err.strip().splitlines()[-2:]
+    assert last[0].startswith("Wrote runs/tiny (")
+    assert "(Ernie4_5_Moe)" in last[0]
+    assert last[1] == (
+        "Next: equipoise stats runs/tiny/trace, or "
+        "equipoise trace runs/tiny/model --task text --data TEXT"
+    )
+    code, out, err = run("tiny", *settings, "--set", "balance=switch(weight=0.01)")
+    assert code == 0
+    assert "runs/tiny is finished: nothing to do." in err
+    assert "Mean loss" in out
+
+
+def test_json_is_the_result_alone(run: Any, settings: list[str], tmp_path: Path) -> None:
+    values = ["--set", "model.router=soft", "--set", "data.vocab_size=299"]
+    code, out, err = run("tiny", *settings, *values, "--out", tmp_path / "a", "--json", "--quiet")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["steps"] == 6
+    assert found["max_vio"] is None
+    assert found["evaluation"]["domains"] == ["abc", "digits", "greek"]
+    assert "of 6 steps" not in err
+
+
+def test_another_config_needs_force(run: Any, settings: list[str], tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "a", "--quiet")
+    assert run("tiny", *settings, *out).code == 0
+    code, _, err = run("tiny", *settings, "--set", "seed=1", *out)
+    assert code == 2
+    assert "holds a run with seed=0, not 1" in err
+    assert run("tiny", *settings, "--set", "seed=1", "--force", *out).code == 0
+    assert RunFolder(tmp_path / "a").config().seed == 1
+
+
+def test_tensorboard_gets_every_step(run: Any, settings: list[str], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    code, _, err = run("tiny", *settings, "--out", tmp_path / "a", "--tensorboard")
+    assert code == 0, err
+    read = accumulator.EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    read.Reload()
+    losses = [event.value for event in read.Scalars("train/loss")]
+    kept = RunFolder(tmp_path / "a").metrics()["loss"].to_pylist()
+    assert losses == pytest.approx(kept)
+    assert "train/max_vio" in read.Tags()["scalars"]
+
+
+def test_wandb_is_offline_and_is_asked_for_before_the_run(
+    run: Any, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+    import types
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else find(n))
+    code, _, err = run("tiny", *settings, "--out", tmp_path / "a", "--wandb")
+    assert code == 2
+    assert "--wandb needs: pip install 'equipoise[wandb]'" in err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: n if n == "wandb" else find(n))
+    logged: list[dict[str, float]] = []
+    opened: dict[str, Any] = {}
+    session = types.SimpleNamespace(
+        define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: opened.pop("mode")
+    )
+
+    def init(**options: Any) -> Any:
+        opened.update(options)
+        return session
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None, init=init))
+    code, _, err = run("tiny", *settings, "--out", tmp_path / "a", "--wandb")
+    assert code == 0, err
+    assert len(logged) == 6
+    assert opened["name"] == "tiny"
+    assert "mode" not in opened  # it was finished
+
+
+# -- stopped ----------------------------------------------------------------------------------
+
+
+def start(settings: list[str], out: Path, *before: str) -> subprocess.Popen[str]:
+    values = ["--set", "checkpoint_seconds=0", "--set", f"tokens={60 * 128}"]
+    command = [sys.executable, *before, "-m", "equipoise", "train", "tiny", *settings, *values]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run = start(settings, out)
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    return out
+
+
+def wait_for_checkpoint(out: Path) -> None:
+    for _ in range(6000):
+        if len(list(out.glob("checkpoint-*.pt"))) > 0:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint was written")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, signal.SIGINT, signal.SIGTERM],
+    ids=["kill -9", "Ctrl-C", "kill"],
+)
+def test_a_run_that_is_stopped_and_run_again_ends_as_one_that_was_not(
+    settings: list[str], whole: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    run = start(settings, out)
+    wait_for_checkpoint(out)
+    run.send_signal(how)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 130), said
+    assert not RunFolder(out).finished
+    if how is not signal.SIGKILL:
+        assert "the same command goes on from it" in said
+    again = start(settings, out)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "Going on after step " in said
+    ours, theirs = load(out).state_dict(), load(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert RunFolder(out).metrics()["loss"].equals(RunFolder(whole).metrics()["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_of_two_processes_one_talks(settings: list[str], tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    few = [*settings, "--set", "seed=3"]
+    run = start(few, tmp_path / "run", *torchrun)
+    out, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert out.count("Mean loss") == 1
+    assert said.count("Wrote ") == 1
+    assert said.count("of 60 steps") >= 1
+    refused = start([*few, "--set", "seed=4"], tmp_path / "run", *torchrun)
+    _, said = refused.communicate(timeout=300)
+    assert refused.returncode != 0
+    assert said.count("holds a run with seed=3, not 4") == 1
