@@ -74,6 +74,7 @@ def write(page: Page, results: Results) -> None:
     )
     pair = {n: results[n][0] for n in ("no balancing", "Switch loss 0.01") if n in results}
     page.figure("shares", _SHARES, lambda path: _draw_shares(pair, path))
+    page.text(*_findings(results))
     first = {name: runs[0] for name, runs in results.items()}
     page.figure("over-time", _OVER_TIME, lambda path: _draw_over_time(first, path))
 
@@ -83,6 +84,29 @@ figures 9 and 10 (seed 0)."""
 _OVER_TIME = (
     """Starved cells and MaxVio of each step (mean of the last 10) over training (seed 0)."""
 )
+
+
+def _findings(results: Results) -> list[str]:
+    """What the table says, in words made from its numbers."""
+    ends = {n: float(np.mean([permanence(r)[0] for r in runs])) for n, runs in results.items()}
+    without = {n: v for n, v in ends.items() if n != "Switch loss 0.01"}
+    if not without:
+        return []
+    told = "; ".join(
+        f"{n}: {100 * without[n]:.0f} %" for n in sorted(without, key=without.__getitem__)
+    )
+    early = [
+        starved(run.counts, STARVED, WINDOW)[int(0.05 * (len(run.counts) // WINDOW))]
+        for name in without
+        for run in results[name]
+    ]
+    found = [
+        f"""Without balancing, {100 * min(early):.0f} % to {100 * max(early):.0f} % of the cells are starved
+        after 5 % of training. Starved to the end, from least to most: {told}."""
+    ]
+    if "Switch loss 0.01" in ends:
+        found.append(f"With the Switch loss: {100 * ends['Switch loss 0.01']:.0f} %.")
+    return [" ".join(found)]
 
 
 def _row(name: str, run: Result) -> tuple[str, ...]:
