@@ -13,7 +13,7 @@ import pytest
 
 import equipoise
 
-ARGUMENTS = ["trace", "demo", "--data", "bundled", "--limit", "2", "--shots", "1"]
+ARGUMENTS = ["trace", "demo", "--data", "bundled", "--limit", "4", "--shots", "1"]
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -45,7 +45,7 @@ def test_a_stopped_run_resumes_to_the_trace_of_an_unbroken_one(
     whole: equipoise.Trace, tmp_path: Path, how: signal.Signals
 ) -> None:
     run = start(tmp_path)
-    wait_for_windows(tmp_path, 40_000)  # one window of three
+    wait_for_windows(tmp_path, 40_000)  # one window of five or six
     run.send_signal(how)
     _, said = run.communicate(timeout=60)
     assert run.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
@@ -64,6 +64,6 @@ def test_a_stopped_run_resumes_to_the_trace_of_an_unbroken_one(
     assert (trace.recount() == trace.counts_LE).all()
     questions = [(r["subject"], r["question"]) for r in trace.sequences.to_pylist()]
     asked = [q for q in questions if q[1] is not None]
-    assert len(asked) == len(set(asked)) == 57 * 2
+    assert len(asked) == len(set(asked)) == 57 * 4
     # Batches may be cut elsewhere, and rounding may then decide a router's tie.
     assert abs(trace.counts_LE - whole.counts_LE).sum() <= 1e-3 * whole.counts_LE.sum()

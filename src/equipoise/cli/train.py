@@ -243,11 +243,13 @@ def _table(result: Mapping[str, Any], last: Mapping[str, Any]) -> None:
         table.add_row(domain, f"{tokens:,}", f"{loss:.3f}", f"{bits:.3f}")
     screen = console()
     screen.print(table)
+    each = result["experts_per_token"]
+    chosen = "" if math.isnan(each) else f", {each:.2f} experts a token"
     load = f", MaxVio {result['max_vio']:.3f} (chance alone {result['max_vio_floor']:.3f})"
     screen.print(
         f"Mean loss {result['loss']:.3f}{'' if math.isnan(result['max_vio']) else load}.\n"
         f"Trained on {result['tokens']:,} tokens in {result['seconds']:,.0f} s; "
-        f"{result['parameters']['total']:,} parameters, {result['parameters']['active']:,} active."
+        f"{result['parameters']['total']:,} parameters, {result['parameters']['active']:,} active{chosen}."
     )
 
 

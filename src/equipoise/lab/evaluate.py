@@ -59,6 +59,13 @@ class Evaluation:
         counts_LE = self.counts.sum(0)
         return float(np.mean(load.max_vio(counts_LE))) if len(counts_LE) else math.nan
 
+    @property
+    def experts_per_token(self) -> float:
+        """Mean over tokens and layers; more than top-k where routers decide for themselves."""
+        if not self.counts.size:
+            return math.nan
+        return float(self.counts.sum() / self.tokens.sum() / self.counts.shape[1])
+
     def max_vio_floor(self, top_k: int) -> float:
         """What chance alone gives at so many tokens."""
         if not self.counts.size:

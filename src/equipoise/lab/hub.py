@@ -19,16 +19,17 @@ def load_dataset_text(config: DataConfig) -> Sequence[Document]:
         import datasets
     except ImportError as error:
         raise EquipoiseError(
-            f"data.source={config.source!r} is no file or folder here, and to load it as a data "
-            "set takes: pip install 'equipoise[datasets]'."
+            f"data.source={config.source!r} is no file or folder here: name one with "
+            "--set data.source=FOLDER. To load it as a data set: pip install 'equipoise[datasets]'."
         ) from error
     name, _, part = config.source.partition(":")
     try:
         rows = datasets.load_dataset(name, part or None, split=config.split)
     except Exception as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
         raise EquipoiseError(
-            f"data.source={config.source!r} is no file or folder here, and cannot be loaded as a "
-            f"data set: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"data.source={config.source!r} is no file or folder here: name one with "
+            f"--set data.source=FOLDER. As a data set: {said}"
         ) from error
     for field in (config.text_field, config.domain_field):
         if field is not None and field not in rows.column_names:

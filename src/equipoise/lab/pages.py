@@ -115,6 +115,7 @@ def _setup(
         + "; ".join(f"{m} ({n} runs)" for m, n in machines.items())
         + ". Commits: "
         + ", ".join(commits)
+        + " (each run's in its environment.json; + is changed since)"
         + ". Torch "
         + ", ".join(sorted({r.environment["versions"]["torch"] for r in found}))
         + "."

@@ -261,6 +261,7 @@ class Run:
             "processes": self.processes.count,
             "parameters": parameters_of(self.plain),
             "loss": found.loss,
+            "experts_per_token": found.experts_per_token,
             "max_vio": found.max_vio,
             "max_vio_floor": found.max_vio_floor(self.config.model.top_k),
             "saved": saved,

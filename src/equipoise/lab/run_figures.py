@@ -40,9 +40,9 @@ def _training(run: Result, path: Path) -> None:
     figures.lines(axes[0, 0], loss, title="loss", x=x, y="nats per token")
     axes[0, 0].lines[-1].set_marker("o")
     if run.counts.shape[1]:
-        layers = np.asarray(load.max_vio(run.counts))
+        layers, dense = np.asarray(load.max_vio(run.counts)), run.config.model.dense_layers
         curves = {
-            f"MoE layer {index}": (million, smooth(layers[:, index], SMOOTHING))
+            f"layer {dense + index}": (million, smooth(layers[:, index], SMOOTHING))
             for index in range(layers.shape[1])
         }
         title = f"MaxVio, mean of {SMOOTHING} steps"
@@ -62,7 +62,7 @@ def _shares(run: Result, path: Path) -> None:
     million = run.tokens[window - 1 : steps : window] / 1e6
     for index, axis in enumerate(axes.ravel()):
         if index < layers:
-            title = f"MoE layer {index}"
+            title = f"layer {run.config.model.dense_layers + index}"
             figures.shares(axis, million, shares_WLE[:, index], title=title)
         else:
             axis.axis("off")

@@ -158,6 +158,12 @@ def _terms() -> dict[str, Callable[..., Any]]:
             convention: str = "equipoise",
             **options: Any,
         ) -> Any:
+            taken = {*CATALOGUE[name].options, *CATALOGUE[name].required}
+            for wrong in options.keys() - taken:
+                allowed = ["scope", "weight", "count", "convention", *sorted(taken)]
+                raise EquipoiseError(
+                    f"no option {wrong!r}: there are {', '.join(allowed)}.{nearest(wrong, allowed)}"
+                )
             steered = None
             if isinstance(weight, Call):
                 found = make(weight, {**weights, **_rates()}, "weight controller or schedule")
@@ -177,6 +183,8 @@ def _terms() -> dict[str, Callable[..., Any]]:
     def bias(controller: Callable[..., Any]) -> Callable[..., Any]:
         def maker(*, scope: Any = "global", rate: Any = None, **options: Any) -> Any:
             if rate is not None:
+                if "rate" not in inspect.signature(controller).parameters:
+                    raise EquipoiseError("it has no rate: it solves for the bias at every step.")
                 options["rate"] = (
                     make(rate, _rates(), "rate schedule") if isinstance(rate, Call) else rate
                 )

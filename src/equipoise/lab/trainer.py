@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import Corpus, load_corpus
 from equipoise.lab.folder import RunFolder
@@ -34,6 +35,10 @@ def train(
     Raises EquipoiseError for a folder of another config or text, for a loss that is not finite
     (weights and the last checkpoint stay), and where the disk is full.
     """
+    if not isinstance(config, Config):
+        raise EquipoiseError(
+            f"train() takes a Config, not {config!r}; equipoise.lab.recipe(name) gives one."
+        )
     folder = RunFolder(out)
     processes = Processes(config)
     run = Run(config, folder, processes, sinks=sinks, progress=progress, say=say)
