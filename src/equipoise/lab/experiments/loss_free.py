@@ -124,11 +124,12 @@ def _row(name: str, runs: object, results: Results) -> tuple[str, ...]:
 
 
 def _draw_max_vio(runs: dict[str, Result], path: Path) -> None:
-    figure, axes = figures.canvas(2, height=4.2)
-    for axis, router in zip(axes[0], ("sigmoid", "softmax"), strict=True):
+    routers = sorted({name.partition(",")[0] for name in runs})
+    figure, axes = figures.canvas(len(routers), height=4.2)
+    for axis, router in zip(axes[0], routers, strict=True):
         mine = {n.partition(", ")[2]: r for n, r in runs.items() if n.startswith(router)}
         curves = {n: (r.tokens / 1e6, smooth(r.max_vio_batch, 20)) for n, r in mine.items()}
-        floor = next(iter(mine.values())).step_floor if mine else None
+        floor = next(iter(mine.values())).step_floor
         figures.lines(
             axis, curves, title=f"{router} router", x="million tokens", y="MaxVio_batch",
             floor=floor, log=True,
