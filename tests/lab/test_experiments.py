@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +76,43 @@ def test_a_grid_runs_what_is_missing_and_tells_what_failed(
     assert missing([*good, wrong], tmp_path) == [wrong]
     assert (folder_of(tmp_path, good[0]) / "result.json").stat().st_mtime_ns == before
     assert any("1 finished before" in line for line in said)
+
+
+GRID = """
+import sys
+from pathlib import Path
+from equipoise.lab import Config
+from equipoise.lab.grid import Grid
+
+if __name__ == "__main__":
+    Grid([Config.from_json(Path(sys.argv[1]).read_text())], Path(sys.argv[2]), 1).run()
+"""
+
+
+@pytest.mark.slow
+def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure(tokens=8 * 16 * 300, balance="sign(rate=0.01)", checkpoint_seconds=0)
+    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "grid.py").write_text(GRID)
+    pool = tmp_path / "stopped"
+    command = [sys.executable, "grid.py", "config.json", str(pool)]
+    stopped = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(pool.glob("*/checkpoint-*")) and stopped.poll() is None:
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate(timeout=120)[1]
+    assert missing([config], pool) == [config]
+    assert list(pool.glob("*/checkpoint-*.pt"))
+    assert said.count("Traceback") <= 1  # of the script itself, none of its run
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    train(config, folder_of(tmp_path / "whole", config), save=False)
+    found, whole = (Result.find(p, config) for p in (pool, tmp_path / "whole"))
+    assert found is not None
+    assert whole is not None
+    assert (found.counts == whole.counts).all()
+    assert (found.column("loss") == whole.column("loss")).all()
 
 
 def test_equal_configs_run_once(tmp_path: Path, configure: Callable[..., Config]) -> None:

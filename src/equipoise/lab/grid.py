@@ -146,6 +146,8 @@ def missing(configs: Sequence[Config], pool: Path) -> list[Config]:
 def work(number: int, text: str, folder: str, news: Any) -> None:
     """One run, in a process of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C is for the grid, which asks its runs once to save and stop
     from equipoise.lab.trainer import train
 
     config = Config.from_json(text)
@@ -160,5 +162,7 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
 
     try:
         news.put((number, "done", train(config, folder, save=False, progress=progress)))
+    except KeyboardInterrupt:
+        return  # asked to stop: it has saved
     except (EquipoiseError, RuntimeError, ValueError, OSError) as error:
         news.put((number, "failed", f"{type(error).__name__}: {error}"))

@@ -11,7 +11,7 @@ from equipoise.lab.config import Config
 from equipoise.lab.experiments import EXPERIMENTS
 from equipoise.lab.experiments.base import Experiment, Page, Results
 from equipoise.lab.folder import write_text
-from equipoise.lab.grid import Grid, missing
+from equipoise.lab.grid import Grid
 from equipoise.lab.results import Result
 
 Say = Callable[[str], None]
@@ -50,19 +50,24 @@ def run_experiment(
     configs = experiment.configs(tier, seeds)
     if data is not None:
         configs = [config.change({"data.source": data}) for config in configs]
-    if not redraw:
-        try:
-            Grid(configs, pool, workers, say).run()
-        finally:
-            if len(missing(configs, pool)) < len(configs):
-                write_page(experiment, configs, Path(out), tier)
-    found = [config for config in configs if Result.find(pool, config) is not None]
-    if not found:
-        raise EquipoiseError(
-            f"{pool} holds no finished run of {name!r} for tier {tier} and seeds={seeds}: run it "
-            "without --redraw first."
-        )
-    return write_page(experiment, configs, Path(out), tier)
+    if redraw:
+        if not _finished(configs, pool):
+            raise EquipoiseError(
+                f"{pool} holds no finished run of {name!r} for tier {tier} and seeds={seeds}: run it "
+                "without --redraw first."
+            )
+        return write_page(experiment, configs, Path(out), tier)
+    try:
+        Grid(configs, pool, workers, say).run()
+    finally:
+        if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
+            path = write_page(experiment, configs, Path(out), tier)
+    return path
+
+
+def _finished(configs: Sequence[Config], pool: Path) -> bool:
+    """Whether at least one run is."""
+    return any(Result.find(pool, config) is not None for config in configs)
 
 
 def write_page(experiment: Experiment, configs: Sequence[Config], out: Path, tier: str) -> Path:

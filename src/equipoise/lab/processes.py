@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -226,13 +225,8 @@ def _square(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(parts)).square().sum()
 
 
-def launched() -> bool:
-    """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _keep_memory() -> None:
-    """Let glibc keep what is freed: pages given back and taken again cost a sixth of a step."""
+    """Let glibc keep what is freed: to give pages back and take them again costs time in every step."""
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -146,57 +146,8 @@ def balancing(text: str) -> list[Any]:
 
 
 def _terms() -> dict[str, Callable[..., Any]]:
-    from equipoise import balance
-    from equipoise.balance import CATALOGUE, Adversarial, Bias, Capacity, Lifecycle, controllers
+    from equipoise.balance import CATALOGUE, Adversarial, Capacity, Lifecycle, controllers
 
-    def loss(name: str) -> Callable[..., Any]:
-        def maker(
-            *,
-            scope: Any = "global",
-            weight: Any = 1e-3,
-            count: Any = "selected",
-            convention: str = "equipoise",
-            **options: Any,
-        ) -> Any:
-            taken = {*CATALOGUE[name].options, *CATALOGUE[name].required}
-            for wrong in options.keys() - taken:
-                allowed = ["scope", "weight", "count", "convention", *sorted(taken)]
-                raise EquipoiseError(
-                    f"no option {wrong!r}: there are {', '.join(allowed)}.{nearest(wrong, allowed)}"
-                )
-            steered = None
-            if isinstance(weight, Call):
-                found = make(weight, {**weights, **_rates()}, "weight controller or schedule")
-                steered, weight = (found, 1e-3) if weight.name in weights else (None, found)
-            return balance.Loss(
-                name,
-                _scope(scope),
-                weight=weight,
-                count=count,
-                convention=convention,
-                options=options,
-                controller=steered,
-            )
-
-        return maker
-
-    def bias(controller: Callable[..., Any]) -> Callable[..., Any]:
-        def maker(*, scope: Any = "global", rate: Any = None, **options: Any) -> Any:
-            if rate is not None:
-                if "rate" not in inspect.signature(controller).parameters:
-                    raise EquipoiseError("it has no rate: it solves for the bias at every step.")
-                options["rate"] = (
-                    make(rate, _rates(), "rate schedule") if isinstance(rate, Call) else rate
-                )
-            return Bias(controller(**options), scope=scope)
-
-        maker.options_for = controller  # type: ignore[attr-defined]
-        return maker
-
-    weights: dict[str, Callable[..., Any]] = {
-        "target_max_vio": controllers.TargetMaxVio,
-        "drop_rate": controllers.DropRate,
-    }
     biases = {
         "sign": controllers.Sign,
         "proportional": controllers.Proportional,
@@ -208,12 +159,73 @@ def _terms() -> dict[str, Callable[..., Any]]:
         "quantile_histogram": controllers.QuantileHistogram,
     }
     return {
-        **{name: loss(name) for name in CATALOGUE},
-        **{name: bias(controller) for name, controller in biases.items()},
+        **{name: _loss(name) for name in CATALOGUE},
+        **{name: _bias(controller) for name, controller in biases.items()},
         "capacity": Capacity,
         "lifecycle": Lifecycle,
         "adversarial": Adversarial,
     }
+
+
+def _loss(name: str) -> Callable[..., Any]:
+    from equipoise.balance import CATALOGUE, Loss
+
+    taken = sorted({*CATALOGUE[name].options, *CATALOGUE[name].required})
+
+    def maker(
+        *,
+        scope: Any = "global",
+        weight: Any = 1e-3,
+        count: Any = "selected",
+        convention: str = "equipoise",
+        **options: Any,
+    ) -> Any:
+        for wrong in options.keys() - set(taken):
+            allowed = ["scope", "weight", "count", "convention", *taken]
+            raise EquipoiseError(
+                f"no option {wrong!r}: there are {', '.join(allowed)}.{nearest(wrong, allowed)}"
+            )
+        weight, controller = _weight(weight)
+        return Loss(
+            name,
+            _scope(scope),
+            weight=weight,
+            count=count,
+            convention=convention,
+            options=options,
+            controller=controller,
+        )
+
+    return maker
+
+
+def _weight(weight: Any) -> tuple[Any, Any]:
+    """A weight, or its schedule, and what steers it: None, or a controller that begins at 0.001."""
+    from equipoise.balance import controllers
+
+    if not isinstance(weight, Call):
+        return weight, None
+    steering: dict[str, Callable[..., Any]] = {
+        "target_max_vio": controllers.TargetMaxVio,
+        "drop_rate": controllers.DropRate,
+    }
+    found = make(weight, {**steering, **_rates()}, "weight controller or schedule")
+    return (1e-3, found) if weight.name in steering else (found, None)
+
+
+def _bias(controller: Callable[..., Any]) -> Callable[..., Any]:
+    from equipoise.balance import Bias
+
+    def maker(*, scope: Any = "global", rate: Any = None, **options: Any) -> Any:
+        if rate is not None:
+            if "rate" not in inspect.signature(controller).parameters:
+                raise EquipoiseError("it has no rate: it solves for the bias at every step.")
+            steps = isinstance(rate, Call)
+            options["rate"] = make(rate, _rates(), "rate schedule") if steps else rate
+        return Bias(controller(**options), scope=scope)
+
+    maker.options_for = controller  # type: ignore[attr-defined]
+    return maker
 
 
 def _scope(scope: Any) -> Any:
