@@ -39,7 +39,8 @@ def shrunk(experiment: Experiment, config: Config) -> list[Config]:
 def test_no_two_runs_of_an_experiment_are_the_same(name: str, tier: str) -> None:
     configs = EXPERIMENTS[name].configs(tier, 2)
     assert len({identity(config) for config in configs}) == len(configs)
-    assert len({config.name for config in configs}) == len(configs) / 2
+    assert len({(config.name, config.seed) for config in configs}) == len(configs)
+    assert {config.seed for config in configs} >= {0, 1}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

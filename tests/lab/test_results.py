@@ -12,6 +12,7 @@ from scipy import stats
 from equipoise.lab import Config
 from equipoise.lab.evaluate import Evaluation
 from equipoise.lab.results import (
+    equivalence,
     identity,
     largest_domain_share,
     mean_interval,
@@ -77,3 +78,13 @@ def test_intervals_are_students() -> None:
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert math.isnan(mean_interval([1.0])[1])
+
+
+def test_equivalence_is_an_interval_of_90_percent_inside_the_margin() -> None:
+    differences = [0.004, -0.002, 0.009, 0.001, 0.003]
+    sem, mean = stats.sem(differences), np.mean(differences)
+    _, high = stats.t.interval(0.9, 4, loc=mean, scale=sem)
+    assert equivalence(differences, high) == pytest.approx(0.05)
+    assert equivalence(differences, high * 1.01) < 0.05 < equivalence(differences, high * 0.99)
+    assert equivalence([-d for d in differences], high) == pytest.approx(0.05)
+    assert math.isnan(equivalence([0.0], 0.1))

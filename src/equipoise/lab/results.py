@@ -161,3 +161,19 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
         return float(found.mean()), float("nan")
     quantile = float(stats.t.ppf((1 + level) / 2, len(found) - 1))
     return float(found.mean()), quantile * float(found.std(ddof=1)) / len(found) ** 0.5
+
+
+def equivalence(differences: Sequence[float], margin: float) -> float:
+    """P-value of two one-sided t-tests (Schuirmann 1987) that paired differences reach the margin.
+
+    The larger of the p-values of "the mean is -margin or less" and "it is margin or more": below
+    0.05, the 90 % interval of the mean lies within the margin. NaN for fewer than two values.
+    """
+    from scipy import stats
+
+    found = np.asarray(differences, dtype=np.float64)
+    if len(found) < 2:
+        return float("nan")
+    above = stats.ttest_1samp(found, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(found, margin, alternative="less").pvalue
+    return float(max(above, below))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from equipoise.lab.experiments import collapse, loss_free, scope
+from equipoise.lab.experiments import collapse, frontier, loss_free, scope
 from equipoise.lab.experiments.base import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (collapse, loss_free, scope)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (collapse, loss_free, scope, frontier)
 }
 """By name."""

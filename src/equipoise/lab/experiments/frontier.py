@@ -1,0 +1,270 @@
+"""Experiment 4: held-out loss against balance, every method over its strength, in paired seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from equipoise.lab import figures
+from equipoise.lab.config import Config
+from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
+from equipoise.lab.recipes import gpu, small
+from equipoise.lab.results import Result, equivalence, mean_interval
+
+SHAPES = {16: (2, 64), 64: (4, 32), 256: (8, 16)}
+"""Experts: experts per token, and an expert's inner width, so that all have as many weights."""
+MARGIN = 0.02
+"""Losses (nats per token) nearer than this count as equal; fixed before the runs."""
+SEEDS = 5
+"""Of the leaders, at least."""
+REFERENCE = "switch 0.01"
+METHODS = {
+    "none": "none",
+    REFERENCE: "switch(scope=global, weight=0.01)",
+    "sign 0.01": "sign(rate=0.01)",
+    "quantile": "quantile",
+    "switch 0.001": "switch(scope=global, weight=0.001)",
+    "switch 0.1": "switch(scope=global, weight=0.1)",
+    "sign 0.001": "sign(rate=0.001)",
+}
+"""At every number of experts."""
+OTHERS = {
+    "switch by micro-batch 0.01": "switch(scope=micro, weight=0.01)",
+    "switch by micro-batch 0.1": "switch(scope=micro, weight=0.1)",
+    "switch by sequence 0.01": "switch(scope=sequence, weight=0.01)",
+    "switch by sequence 0.1": "switch(scope=sequence, weight=0.1)",
+    "squared 0.01": "squared(scope=global, weight=0.01)",
+    "importance 0.01": "importance(scope=global, weight=0.01)",
+    "importance 0.1": "importance(scope=global, weight=0.1)",
+    "load CV 0.01": "load_cv(scope=global, weight=0.01)",
+    "proportional 0.001": "proportional(rate=0.001)",
+    "proportional 0.01": "proportional(rate=0.01)",
+    "multiplicative 0.01": "multiplicative(rate=0.01)",
+    "RMS-normalised 0.001": "rms_normalised(rate=0.001)",
+    "RMS-normalised 0.01": "rms_normalised(rate=0.01)",
+    "momentum and tanh 0.01": "momentum_tanh(rate=0.01)",
+    "PID": "pid",
+    "quantile, ema 0.9": "quantile(ema=0.9)",
+    "quantile by histogram": "quantile_histogram",
+}
+"""At 16 experts only: the rest of the catalogue."""
+LEADERS = ("none", REFERENCE, "sign 0.01", "quantile")
+"""Methods in paired seeds."""
+
+
+def base(experts: int, tier: str = "cpu") -> Config:
+    """The run that every method of `experts` experts changes."""
+    top_k, width = SHAPES[experts]
+    whole = small() if tier == "cpu" else gpu()
+    sizes = {"model.top_k": top_k, "model.expert_size": width} if tier == "cpu" else {}
+    return whole.change(
+        {
+            **sizes,
+            "model.experts": experts,
+            "model.router": "sigmoid",
+            "tokens": 2_000_000 if tier == "cpu" else 100_000_000,
+            "evaluation_tokens": 50_000,
+            "trace": False,
+        }
+    )
+
+
+def named(experts: int, methods: Mapping[str, str], tier: str) -> list[Config]:
+    """The runs of some methods at one number of experts."""
+    plain = base(experts, tier)
+    return [
+        plain.change({"name": f"{experts} experts, {name}", "balance": balance})
+        for name, balance in methods.items()
+    ]
+
+
+def configs(tier: str, seeds: int) -> list[Config]:
+    """The leaders in their seeds, then all strengths, then the rest of the catalogue."""
+    leaders = {name: METHODS[name] for name in LEADERS}
+    others = {name: balance for name, balance in METHODS.items() if name not in leaders}
+    shapes = SHAPES if tier == "cpu" else {64: SHAPES[64]}
+    found: list[Config] = []
+    for experts in shapes:
+        found += seeded(named(experts, leaders, tier), max(SEEDS, seeds))
+    for experts in shapes:
+        found += seeded(named(experts, others, tier), seeds)
+    if tier == "cpu":
+        found += seeded(named(16, OTHERS, tier), seeds)
+    return found
+
+
+def write(page: Page, results: Results) -> None:
+    """A table for each number of experts, and the frontiers."""
+    by_experts = grouped(results)
+    page.text(
+        f"""Every method with the sigmoid router of DeepSeek-V3, so that biases and losses act on the same
+        scores. Shapes: {_shapes(by_experts)}. Losses in nats per token, mean of the domains, on 50,000
+        held-out tokens of each."""
+    )
+    for experts, methods in by_experts.items():
+        page.heading(f"{experts} experts")
+        page.table(HEAD, [row(name, runs, methods) for name, runs in methods.items()])
+    page.text(_READING)
+    page.figure("frontier", _FRONTIER, lambda path: draw(by_experts, path))
+    page.heading("Findings")
+    page.bullets(*findings(by_experts))
+
+
+_READING = f"""Differences are to `{REFERENCE}` of the same seed, whose runs see the same rows and begin
+with the same weights; with several seeds, means and 95 % intervals by Student's t. Equivalent: two
+one-sided t-tests both reject, at 5 %, that the difference is as large as {MARGIN} nats. MaxVio_batch of
+each training step's tokens, mean over the last tenth of the steps. Chance: what uniform routing of as many
+tokens gives."""
+_FRONTIER = f"""Held-out loss less that of `{REFERENCE}` with the same seed, against MaxVio_global. Lines
+join the strengths of a method; bars are 95 % intervals over the seeds, where there are several; the band
+is the margin of {MARGIN} nats."""
+HEAD = (
+    "method",
+    "seeds",
+    "held-out loss",
+    "difference",
+    "MaxVio_global (chance)",
+    "MaxVio_batch at the end (chance)",
+    "ms a step",
+)
+
+
+def _shapes(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> str:
+    told = []
+    for experts, methods in by_experts.items():
+        model = next(iter(methods.values()))[0].config.model
+        told.append(f"{experts} experts, top-{model.top_k}, inner width {model.expert_size}")
+    return "; ".join(told)
+
+
+def grouped(results: Results) -> dict[int, dict[str, list[Result]]]:
+    """Runs by number of experts and method, as their names say."""
+    found: dict[int, dict[str, list[Result]]] = {}
+    for name, runs in results.items():
+        experts, _, method = name.partition(" experts, ")
+        found.setdefault(int(experts), {})[method] = list(runs)
+    return found
+
+
+def paired(runs: Sequence[Result], reference: Sequence[Result]) -> list[float]:
+    """Loss less the reference's, of the seeds that both have."""
+    theirs = {run.seed: run.final.loss for run in reference}
+    return [run.final.loss - theirs[run.seed] for run in runs if run.seed in theirs]
+
+
+def row(name: str, runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> list[str]:
+    """A method's row of the table."""
+    run = runs[0]
+    tenth = max(1, len(run.max_vio_batch) // 10)
+    floor = run.final.max_vio_floor(run.config.model.top_k)
+    return [
+        f"{run.config.model.experts} experts, {name}",
+        str(len(runs)),
+        _spread([r.final.loss for r in runs], 3),
+        "0" if name == REFERENCE else verdict(paired(runs, methods.get(REFERENCE, ()))),
+        f"{_spread([r.final.max_vio for r in runs], 2)} ({number(floor, 3)})",
+        f"{_spread([float(r.max_vio_batch[-tenth:].mean()) for r in runs], 2)} "
+        f"({number(run.step_floor)})",
+        number(1000 * float(np.median([r.step_seconds for r in runs])), 0),
+    ]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean, half = mean_interval(values)
+    return number(mean, digits) + ("" if half != half else f" ± {half:.{digits}f}")
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """The mean difference, its interval, and whether it is equivalent to none."""
+    if not differences:
+        return "–"
+    mean, half = mean_interval(differences)
+    if half != half:
+        return f"{mean:+.3f}"
+    told = f"{mean:+.3f} ± {half:.3f}"
+    if equivalence(differences, MARGIN) < 0.05:
+        return f"{told}, equivalent"
+    return told if abs(mean) <= half else f"{told}, {'higher' if mean > 0 else 'lower'}"
+
+
+def findings(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[str]:
+    """What the paired seeds show, in words made from the numbers."""
+    found = []
+    for experts, methods in by_experts.items():
+        reference = methods.get(REFERENCE, ())
+        told = []
+        for name, runs in methods.items():
+            differences = paired(runs, reference)
+            if name == REFERENCE or len(differences) < SEEDS:
+                continue
+            load = float(np.mean([r.final.max_vio for r in runs]))
+            told.append(f"{name} (MaxVio {load:.2f}): {verdict(differences)}")
+        if told:
+            load = float(np.mean([r.final.max_vio for r in reference]))
+            found.append(
+                f"{experts} experts, against {REFERENCE} (MaxVio {load:.2f}): {'; '.join(told)}."
+            )
+    return found or [
+        f"No method has the {SEEDS} paired seeds yet that a statement about losses takes."
+    ]
+
+
+def draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
+    """Loss difference against MaxVio, a panel for each number of experts."""
+    figure, axes = figures.canvas(len(by_experts), width=9.0, height=4.2)
+    colours = {family: figures.COLOURS[n % 10] for n, family in enumerate(_families(by_experts))}
+    for axis, (experts, methods) in zip(axes[0], by_experts.items(), strict=True):
+        axis.axhspan(-MARGIN, MARGIN, color="#f0f0f0", zorder=0)
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for name, runs in methods.items():
+            differences = paired(runs, methods.get(REFERENCE, ()))
+            if differences:
+                mean, half = mean_interval(differences)
+                load = float(np.mean([r.final.max_vio for r in runs]))
+                lines.setdefault(family_of(name), []).append((load, mean, half))
+        for family, points in lines.items():
+            xs, ys, halves = np.array(sorted(points)).T
+            axis.errorbar(
+                xs, ys, np.nan_to_num(halves), marker="o", markersize=4, linewidth=1,
+                color=colours[family], label=family, capsize=2,
+            )  # fmt: skip
+        axis.set(title=f"{experts} experts", xlabel="MaxVio_global", xscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+    axes[0, 0].set_ylabel(f"loss less {REFERENCE}, nats")
+    figures.legend(figure, max(axes[0], key=lambda a: len(a.get_legend_handles_labels()[0])))
+    figures.save(figure, path)
+
+
+def family_of(name: str) -> str:
+    """A method's name without its strength."""
+    head, _, last = name.rpartition(" ")
+    return head if head and last.replace(".", "").isdigit() else name
+
+
+def _families(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[str]:
+    return list(dict.fromkeys(family_of(n) for methods in by_experts.values() for n in methods))
+
+
+EXPERIMENT = Experiment(
+    "frontier",
+    "Loss at equal balance",
+    f"""Which method has the lower loss where loads are equally even? Papers compare single strengths in
+    single runs: 9.50 against 9.56 in perplexity for a bias against a loss (arXiv 2408.15664), 8.04
+    against 8.17 for the scope (2501.11873). Here every method is run over its strengths and set
+    against MaxVio, the leaders in {SEEDS} paired seeds, and a difference is called none only where an
+    equivalence test with a margin of {MARGIN} nats, fixed before the runs, says so.""",
+    configs,
+    write,
+    (
+        """that a method is better in training at scale: these runs see about one token a parameter, where
+        loss and balance still fight for the same gradient steps;""",
+        """anything from single seeds: rows with one seed place a method on the picture, they do not order
+        it;""",
+        """that balancing costs loss: runs this short favour few experts that see many tokens each, which
+        turns at more tokens (OLMoE, arXiv 2409.02060, at 10 B tokens);""",
+        """effects of the softmax router, of capacity, or of expert parallelism.""",
+    ),
+)
