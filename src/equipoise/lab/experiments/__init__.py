@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from equipoise.lab.experiments import collapse, frontier, loss_free, scope
+from equipoise.lab.experiments import collapse, frontier, loss_free, recipe, scope
 from equipoise.lab.experiments.base import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (collapse, loss_free, scope, frontier)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (collapse, loss_free, scope, frontier, recipe)
 }
 """By name."""
