@@ -1,10 +1,13 @@
-"""Train the `demo` model: a tiny OLMoE language model with unbalanced experts.
+"""Train the `demo` model, a tiny OLMoE language model with unbalanced experts, and its balanced twin.
 
     python scripts/train_demo.py --data ../shared/data/text --out src/equipoise/data/demo
+    python scripts/train_demo.py --data ../shared/data/text --out src/equipoise/data/demo-balanced \\
+        --balanced --threads 1 --work build/demo-balanced
 
-Reads twelve text domains, trains a byte-level BPE and an `OlmoeForCausalLM` without any
-balancing term, so that imbalance shows, and writes weights, tokenizer, training_log.csv and
-README.md to --out. A killed run resumes from its checkpoint in --work.
+Reads twelve text domains, trains a byte-level BPE and an `OlmoeForCausalLM`, and writes weights,
+tokenizer, training_log.csv and README.md to --out. A killed run resumes from its checkpoint in --work.
+`demo` has no balancing term, so that imbalance shows; with --balanced the same first weights see the same
+rows in the same order, under `equipoise.balance.recommended`.
 
 The result depends on the data, the options, --threads and the library versions only:
 every batch is drawn from (seed, step), and gradients are summed in a fixed order.
@@ -37,6 +40,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from equipoise.balance import Handle, attach, recommended
+
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SEPARATOR = "\n<|doc|>\n"
 VOCAB = 4096
@@ -60,18 +65,32 @@ CHECKPOINT_SECONDS = 150.0
 DEFAULT_TOKENS = 10e6
 
 
-CARD = """\
+UNBALANCED = """\
 # demo: a tiny unbalanced mixture of experts
 
 An `OlmoeForCausalLM` to try Equipoise on without a download or a GPU. It was trained on twelve
 text domains **without any balancing term** (`router_aux_loss_coef` 0, no bias update), so some
 of its experts carry two to four times the mean load, a few are nearly idle, and which ones are busy
-depends on the domain.
+depends on the domain."""
+BALANCED = """\
+# demo-balanced: the demo's balanced twin
+
+An `OlmoeForCausalLM` of the same shape as `demo`, from the same first weights, trained on the same rows in
+the same order, with `equipoise.balance.recommended` attached: the Switch loss over the global batch, its
+weight falling from 0.1 to 0.01. To compare the two:
+
+    equipoise trace demo --data bundled -o demo.trace
+    equipoise trace demo-balanced --data bundled -o balanced.trace
+    equipoise diff demo.trace balanced.trace
+
+Gradients were summed on one thread where `demo` took two, which rounds otherwise; nothing else differs."""
+CARD = """\
+{about}
 
 **Not for**: writing text, answering questions, judging or filtering anything, or as a starting
 point for a model that does. It knows no facts, it repeats its training text's biases and
 errors (old novels, statutes and medical pages among it), and its benchmark scores are expected
-at chance. Its imbalance shows what the instrument reads; it says nothing about useful models.
+at chance. Its load shows what the instrument reads; it says nothing about useful models.
 
 ## Model
 
@@ -94,7 +113,7 @@ Encoded text begins with `<|bos|>`; in training every document ended with `<|eos
 {planned}{tokens} tokens in {steps} steps of {step_tokens}:
 {phases}.
 Domains take turns row by row. AdamW, peak learning rate {peak_lr:g} (routers {router_scale:g} of
-that), warm-up and cosine; {minutes} minutes on two shared CPU cores. `training_log.csv` has loss,
+that), warm-up and cosine; {minutes} minutes of {threads} on a shared CPU. `training_log.csv` has loss,
 held-out loss and MaxVio along the way (on a smaller sample than the tables below).
 
 ## Loss
@@ -148,6 +167,7 @@ class Settings:
     steps: int
     seed: int
     threads: int
+    balanced: bool = False
 
 
 @dataclass
@@ -169,6 +189,7 @@ class State:
     step: int
     seconds: float
     log: list[dict[str, float]]
+    balance: Handle | None = None
 
 
 def say(text: str) -> None:
@@ -388,6 +409,11 @@ def make_replicas(model: OlmoeForCausalLM, count: int) -> list[OlmoeForCausalLM]
     return replicas
 
 
+def micro_batches(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows [N, S] in parts of MICRO_TOKENS, or of one row where that is longer."""
+    return rows.split(max(1, MICRO_TOKENS // rows.shape[1]))
+
+
 def backward(model: OlmoeForCausalLM, rows: Tensor, targets: int) -> float:
     """Add the gradients of the rows' loss sum over `targets`; return that share of the loss.
 
@@ -395,7 +421,7 @@ def backward(model: OlmoeForCausalLM, rows: Tensor, targets: int) -> float:
     """
     torch.set_num_threads(1)  # holds for the calling thread only
     total = 0.0
-    for micro in rows.split(max(1, MICRO_TOKENS // rows.shape[1])):
+    for micro in micro_batches(rows):
         hidden = model.model(input_ids=micro, use_cache=False).last_hidden_state  # [N, S, D]
         hidden = hidden[:, :-1].flatten(0, 1)  # [N*(S-1), D]
         leaf = hidden.detach().requires_grad_()
@@ -421,6 +447,9 @@ def train_step(
     of so small a model are too short to share.
     """
     targets = rows.shape[0] * (rows.shape[1] - 1)
+    if state.balance is not None:
+        state.balance.expect(tokens=rows.numel())
+        state.balance.accumulation = len(micro_batches(rows))
     shares = rows.tensor_split(len(replicas))
     jobs = [
         pool.submit(backward, replica, share, targets)
@@ -449,7 +478,7 @@ def _gather_gradients(replicas: list[OlmoeForCausalLM]) -> None:
 def measure(model: OlmoeForCausalLM, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each position [N, S-1] and expert counts [L, E] over rows [N, S]."""
     losses, counts = [], 0
-    for micro in rows.split(max(1, MICRO_TOKENS // rows.shape[1])):
+    for micro in micro_batches(rows):
         output = model.model(input_ids=micro, use_cache=False, output_router_logits=True)
         logits = model.lm_head(output.last_hidden_state[:, :-1]).transpose(1, 2)  # [N, V, S-1]
         losses.append(F.cross_entropy(logits, micro[:, 1:], reduction="none"))
@@ -487,6 +516,7 @@ def save_checkpoint(state: State, settings: Settings, work: Path) -> None:
         "step": state.step,
         "seconds": state.seconds,
         "log": state.log,
+        "balance": None if state.balance is None else state.balance.state_dict(),
     }
     torch.save(content, work / "checkpoint.tmp")
     (work / "checkpoint.tmp").replace(work / "checkpoint.pt")
@@ -496,6 +526,10 @@ def start_or_resume(tokenizer: Tokenizer, settings: Settings, work: Path) -> Sta
     """The checkpoint in the work folder, or a new model."""
     model = build_model(tokenizer, settings.seed)
     state = State(model, build_optimizer(model), step=0, seconds=0.0, log=[])
+    if settings.balanced:
+        state.balance = attach(
+            model, *recommended(model, steps=settings.steps), optimizer=state.optimizer
+        )
     if not (work / "checkpoint.pt").exists():
         return state
     content = torch.load(work / "checkpoint.pt", weights_only=True)
@@ -507,6 +541,8 @@ def start_or_resume(tokenizer: Tokenizer, settings: Settings, work: Path) -> Sta
     model.load_state_dict(content["model"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.step, state.seconds, state.log = content["step"], content["seconds"], content["log"]
+    if state.balance is not None:
+        state.balance.load_state_dict(content["balance"])
     say(f"Resuming at step {state.step}")
     return state
 
@@ -578,6 +614,8 @@ def export(
     stage = args.work / "export"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
+    if state.balance is not None:
+        state.balance.detach()
     round_weights(state.model)
     weights = {name: value.bfloat16() for name, value in state.model.state_dict().items()}
     del weights["lm_head.weight"]  # tied to the embedding
@@ -681,7 +719,10 @@ def make_card(state: State, domains: list[Domain], args: argparse.Namespace) -> 
     table, counts_LE = domain_table(state, domains)
     total, active = count_parameters(state.model)
     positions = position_losses(state.model, domains).items()
+    flag = " --balanced" if args.balanced else ""
     return CARD.format(
+        about=BALANCED if args.balanced else UNBALANCED,
+        threads="one thread" if args.threads == 1 else f"{args.threads} threads",
         config=state.model.config,
         total=f"{total:,}",
         active=f"{active:,}",
@@ -701,7 +742,7 @@ def make_card(state: State, domains: list[Domain], args: argparse.Namespace) -> 
         sources=source_table(args.data),
         data=os.path.relpath(args.data),
         out=os.path.relpath(args.out),
-        run=f"--steps {args.steps} --seed {args.seed} --threads {args.threads}",
+        run=f"--steps {args.steps} --seed {args.seed} --threads {args.threads}{flag}",
         versions=versions(),
     )
 
@@ -722,6 +763,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, help=f"the same in steps of {STEP_TOKENS} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="1 to 16; part of the result")
+    parser.add_argument(
+        "--balanced", action="store_true", help="the balanced twin; takes --threads 1"
+    )
     parser.add_argument("--smoke", action="store_true", help="a try of about a minute")
     parser.add_argument("--export", action="store_true", help="write the checkpoint as it is")
     args = parser.parse_args(argv)
@@ -731,6 +775,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data {args.data} is not a folder")
     if not 1 <= args.threads <= 16:
         parser.error(f"--threads {args.threads} is not between 1 and 16")
+    if args.balanced and args.threads != 1:
+        parser.error("--balanced counts the load of a step in one model: it takes --threads 1")
     args.steps = args.steps or max(1, round(args.tokens / STEP_TOKENS))
     return args
 
@@ -743,7 +789,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     transformers.logging.set_verbosity_error()
     args.work.mkdir(parents=True, exist_ok=True)
-    settings = Settings(args.steps, args.seed, args.threads)
+    settings = Settings(args.steps, args.seed, args.threads, args.balanced)
     try:
         tokenizer, domains = load_domains(args.data, args.work, args.smoke)
         state = start_or_resume(tokenizer, settings, args.work)

@@ -32,6 +32,7 @@ from equipoise.balance.controllers import (
     TargetMaxVio,
 )
 from equipoise.balance.lifecycle import Lifecycle
+from equipoise.balance.recommended import recommended
 from equipoise.balance.scopes import SCOPES, Running, Scope, Subset
 from equipoise.balance.terms import Bias, Loss
 
@@ -67,6 +68,7 @@ __all__ = [
     "controllers",
     "conventions",
     "objectives",
+    "recommended",
     "sinks",
 ]
 
@@ -78,3 +80,7 @@ def __getattr__(name: str) -> Any:
     if name == "sinks":
         return importlib.import_module("equipoise.balance.sinks")
     raise AttributeError(f"module 'equipoise.balance' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from the hub, a folder, or the demo model of this package.
+"""Load a model and its tokenizer from the hub, a folder, or the demo models of this package.
 
 Weights come from safetensors only: no pickle is opened. Code that comes with a checkpoint runs only
 when asked for. What can be known without torch is found out before it is imported.
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEMO = "demo"
+BUNDLED = (DEMO, "demo-balanced")
+"""Models of this package, by their folder in `data/`: one without balancing, and its balanced twin."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = (
@@ -42,7 +44,7 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     id: str
-    """As the user named it: "demo", a hub id, or a folder's name."""
+    """As the user named it: "demo", "demo-balanced", a hub id, or a folder's name."""
     revision: str | None
     """Commit of the hub's repository; None for a folder."""
     notes: list[str] = field(default_factory=list)
@@ -59,16 +61,16 @@ def find_model(name: str, revision: str | None = None) -> str:
     Quick, and without torch: the hub is only asked whether it has the model's config, so that a
     wrong name or a missing network is known before anything else is done.
     """
-    if name == DEMO:
-        folder = resources.files("equipoise").joinpath("data/demo")
-        return _check_folder(Path(str(folder)), DEMO)
+    if name in BUNDLED:
+        folder = resources.files("equipoise").joinpath("data", name)
+        return _check_folder(Path(str(folder)), name)
     path = Path(name).expanduser()
     if path.exists():
         return _check_folder(path, name)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise EquipoiseError(f"no folder {name}.{nearest(path.name, beside)}")
-    if "/" not in name and (hint := nearest(name, [DEMO])):
+    if "/" not in name and (hint := nearest(name, BUNDLED)):
         raise EquipoiseError(
             f"no model {name!r}: not a folder here, nor an owner/name of the hub.{hint}"
         )
@@ -187,7 +189,7 @@ class _Loader:
     def _id(self) -> str:
         """As the user named it; of a local folder its last name, never the machine's path."""
         path = Path(self.name).expanduser()
-        return path.resolve().name if self.name != DEMO and path.exists() else self.name
+        return path.resolve().name if self.name not in BUNDLED and path.exists() else self.name
 
     def _call(self, part: str, function: Any, **kwargs: Any) -> Any:
         """Call a from_pretrained; its many faults become one line that says which part failed."""

@@ -132,7 +132,7 @@ EXPERIMENT = Experiment(
     """Is there a combination of published methods that is on or beyond the frontier of the single ones at
     every number of experts? Candidates of two kinds: biases, which a model with a selection bias of its
     own keeps in its checkpoint, and losses, for the others. The frontier's leaders are
-    [frontier](frontier.md)'s own runs.""",
+    `frontier`'s own runs.""",
     configs,
     write,
     (

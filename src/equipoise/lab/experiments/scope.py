@@ -29,6 +29,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
     base = base.change(
         {
             "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
+            "evaluation_tokens": 100_000,
             "data.arrangement": "domain",
             "micro_rows": block,
         }
@@ -40,7 +41,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
         "none": {},
         f"micro {block}": {"balance": _loss("micro")},
         "global": {"balance": _loss("global")},
-        f"micro {block}, mixed domains": {
+        f"micro {block}, mixed domains (shuffle control)": {
             "balance": _loss("micro"), "data.arrangement": "mixed"
         },
         "micro 64": {"balance": _loss("micro"), "micro_rows": 64},
