@@ -56,6 +56,20 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
     assert imports(path.read_text()) - {room} - FREE <= ALLOWED[room]
 
 
+def test_rooms_list_what_they_load_late_without_loading_it() -> None:
+    code = """
+import importlib, sys
+for room in ("equipoise", "equipoise.report", "equipoise.lab", "equipoise.balance"):
+    module = importlib.import_module(room)
+    before, listed = set(sys.modules), dir(module)
+    assert set(sys.modules) == before, room
+    assert len(listed) == len(set(listed)), room
+    assert {*module.__all__, *getattr(module, "_ROOMS", ())} <= set(listed), room
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_the_walk_sees_an_upward_import() -> None:
     assert imports("def f():\n    from equipoise.cli import main") == {"cli"}
     assert imports("import equipoise.report.html as h") == {"report"}

@@ -34,7 +34,7 @@ _HOMES = {
     "RoutingError": ("equipoise.errors", "RoutingError"),
     "TraceError": ("equipoise.errors", "TraceError"),
 }
-_ROOMS = ("balance", "capture", "diagnose", "metrics", "models", "nn", "report", "trace")
+_ROOMS = ("balance", "capture", "diagnose", "lab", "metrics", "models", "nn", "report", "trace")
 
 __all__ = [
     "EquipoiseError",
@@ -63,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,21 @@ def path(tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray) -> Path:
         labels=labels,
     )
     return trace.save(tmp_path_factory.mktemp("cli") / "run.trace")
+
+
+@pytest.mark.parametrize("name", ["run.trace", "my run.trace", "it's.trace", "long" * 20])
+def test_the_next_commands_can_be_typed_as_they_stand(capsys, name: str) -> None:
+    from equipoise.cli.common import say_next
+
+    commands = [["equipoise", "dead", Path(name)], ["equipoise", "report", Path(name)]]
+    say_next(*commands, after="Wrote it.")
+    said = capsys.readouterr().err
+    read = said.replace("Wrote it.", "").replace(", or", "\n").replace("  or:", "\n")
+    found = [shlex.split(line) for line in read.replace("Next:", "\n").splitlines()]
+    assert [words for words in found if words] == [list(map(str, words)) for words in commands]
+    lines = said.splitlines()
+    assert len(lines) == (1 if name == "run.trace" else 3)
+    assert len(lines) > 1 or len(lines[0]) <= 80
 
 
 def test_stats_json_has_the_agreed_shape(run, path: Path, ids: np.ndarray) -> None:

@@ -64,7 +64,7 @@ def test_recipes_are_listed_with_what_they_are(run: Any) -> None:
         (["smal"], "Did you mean 'small'?"),
         (["tiny", "--set", "tokens"], "--set 'tokens': write key=value"),
         (["tiny", "--set", "=3"], "--set '=3': write key=value"),
-        (["tiny", "--set", "model.expert=3"], "Did you mean 'experts'?"),
+        (["tiny", "--set", "model.expert=3"], "Did you mean 'model.experts'?"),
         (["tiny", "--set", "model.top_k=99"], "model.top_k=99 is more than model.experts=16"),
         (
             ["tiny", "--set", "data.source=owner/no", "--out", "x"],
@@ -94,13 +94,11 @@ def test_a_run_ends_with_its_losses_what_it_wrote_and_the_next_command(
         assert name in out
     assert "6 of 6 steps, loss " in err
     assert "MaxVio" in err
-    last = err.strip().splitlines()[-2:]
+    last = err.strip().splitlines()[-3:]
     assert last[0].startswith("Wrote runs/tiny (")
     assert "(Ernie4_5_Moe)" in last[0]
-    assert last[1] == (
-        "Next: equipoise stats runs/tiny/trace, or "
-        "equipoise trace runs/tiny/model --task text --data TEXT"
-    )
+    assert last[1] == "Next: equipoise stats runs/tiny/trace"
+    assert last[2] == "  or: equipoise trace runs/tiny/model --task text --data TEXT"
     code, out, err = run("tiny", *settings, "--set", "balance=switch(weight=0.01)")
     assert code == 0
     assert "runs/tiny is finished: nothing to do." in err
@@ -140,34 +138,100 @@ def test_tensorboard_gets_every_step(run: Any, settings: list[str], tmp_path: Pa
     assert "train/max_vio" in read.Tags()["scalars"]
 
 
+class FakeWandb:
+    """Stands for the package: the options of each run, what was logged, how many were finished."""
+
+    run = None
+
+    def __init__(self) -> None:
+        self.opened: list[dict[str, Any]] = []
+        self.logged: list[dict[str, float]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> FakeWandb:
+        self.opened.append(options)
+        return self
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, metrics: dict[str, float]) -> None:
+        self.logged.append(metrics)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    import importlib.util
+
+    find, fake = importlib.util.find_spec, FakeWandb()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: n if n == "wandb" else find(n))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
 def test_wandb_is_offline_and_is_asked_for_before_the_run(
-    run: Any, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    settings: list[str],
+    tmp_path: Path,
+    wandb: FakeWandb,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import importlib.util
-    import types
 
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else find(n))
-    code, _, err = run("tiny", *settings, "--out", tmp_path / "a", "--wandb")
+    with monkeypatch.context() as without:
+        without.setattr(importlib.util, "find_spec", lambda _: None)
+        code, _, err = run("tiny", *settings, "--out", tmp_path / "a", "--wandb")
     assert code == 2
     assert "--wandb needs: pip install 'equipoise[wandb]'" in err
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: n if n == "wandb" else find(n))
-    logged: list[dict[str, float]] = []
-    opened: dict[str, Any] = {}
-    session = types.SimpleNamespace(
-        define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: opened.pop("mode")
-    )
-
-    def init(**options: Any) -> Any:
-        opened.update(options)
-        return session
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None, init=init))
     code, _, err = run("tiny", *settings, "--out", tmp_path / "a", "--wandb")
     assert code == 0, err
-    assert len(logged) == 6
-    assert opened["name"] == "tiny"
-    assert "mode" not in opened  # it was finished
+    assert len(wandb.logged) == 6
+    assert wandb.opened[0]["name"] == "tiny"
+    assert wandb.opened[0]["mode"] == "offline"
+    assert wandb.finished == 1
+
+
+def test_a_run_folder_goes_by_one_id_at_wandb(
+    tmp_path: Path,
+    wandb: FakeWandb,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from equipoise.cli.train import _wandb
+
+    def opened(folder: str, mode: str) -> dict[str, Any]:
+        monkeypatch.setenv("WANDB_MODE", mode)
+        _wandb(tmp_path / folder, "tiny")
+        return wandb.opened[-1]
+
+    first, again, other = opened("a", "online"), opened("a", "online"), opened("b", "online")
+    assert first["resume"] == again["resume"] == "allow"
+    assert first["id"] == again["id"] != other["id"]
+    offline = opened("c", "offline")
+    assert not capsys.readouterr().err
+    assert opened("c", "offline")["group"] == offline["group"]
+    assert offline.keys().isdisjoint({"id", "resume"})  # W&B cannot go on with an offline run
+    assert f"a run of their own, of group {offline['group']}." in capsys.readouterr().err
+
+
+def test_both_stretches_of_a_stopped_run_are_kept_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    from equipoise.cli.train import _wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (1, 2):
+        sink, finish = _wandb(tmp_path, "tiny")
+        sink({"train/loss": 1.0}, step)
+        finish()
+    kept = [folder.name for folder in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len({name.rpartition("-")[2] for name in kept}) == 2
 
 
 # -- stopped ----------------------------------------------------------------------------------
@@ -245,4 +309,21 @@ def test_of_two_processes_one_talks(settings: list[str], tmp_path: Path) -> None
     refused = start([*few, "--set", "seed=4"], tmp_path / "run", *torchrun)
     _, said = refused.communicate(timeout=300)
     assert refused.returncode != 0
-    assert said.count("holds a run with seed=3, not 4") == 1
+    ours = [line for line in said.splitlines() if line.startswith("equipoise: ")]
+    assert len(ours) == 1
+    assert "holds a run with seed=3, not 4" in ours[0]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_shows_the_error_of_a_run_before_and_at_the_end_of_its_own_report(
+    settings: list[str], tmp_path: Path
+) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    refused = start([*settings, "--set", "model.top_k=99"], tmp_path / "run", *torchrun)
+    _, said = refused.communicate(timeout=300)
+    assert refused.returncode != 0
+    message = "equipoise: model.top_k=99 is more than model.experts=4."
+    before, _, report = said.partition("Traceback")
+    assert before.splitlines().count(message) == 1
+    assert report.strip().splitlines()[-2].strip() == f"traceback : {message}"

@@ -121,6 +121,16 @@ def test_slots_without_an_expert_are_counted_apart():
     assert sum(row["counts"]) == 1900
 
 
+def test_an_interval_ends_at_one_expert_in_every_token_unless_slots_went_to_none():
+    ids = np.tile([[[0, 1]]], (640, 1, 1))
+    ids[:128] = [2, 3]  # two spans of ten
+    row = stats(Trace.from_arrays(ids, num_experts=16))["layers"][0]
+    assert row["max_vio_interval"][1] == 16 / 2 - 1
+    ids[::10, 0, 1] = -1
+    row = stats(Trace.from_arrays(ids, num_experts=16))["layers"][0]
+    assert row["max_vio_interval"][1] > 16 / 2 - 1
+
+
 def test_layers_of_different_size_are_measured_by_their_own():
     ids = np.stack([np.arange(4000).reshape(-1, 1) % 4, np.arange(4000).reshape(-1, 1) % 8], 1)
     rows = stats(Trace.from_arrays(ids, num_experts=[4, 8]))["layers"]

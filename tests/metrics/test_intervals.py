@@ -59,6 +59,24 @@ def test_max_vio_lies_in_its_interval_and_intervals_in_their_range():
         assert found["effective_experts"][1] <= 12 + 1e-9
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_intervals_end_where_every_token_selects_the_same_experts(top_k):
+    counts = np.zeros((9, 12), int)
+    counts[:7, :top_k] = 300
+    counts[7:, top_k : 2 * top_k] = 300  # two of nine blocks want others: as uncertain as it gets
+    found = layer_intervals(counts, 200, top_k=top_k)
+    beyond = layer_intervals(counts, 200)
+    same = np.zeros(12)
+    same[:top_k] = 300
+    assert found["max_vio"][1] == 12 / top_k - 1
+    assert (beyond["max_vio"][1] > 12 / top_k - 1) == (top_k > 1)
+    assert found["max_vio"][0] == beyond["max_vio"][0]
+    for name in ("gini", "cv"):
+        assert found[name][1] <= naive.measures(same.tolist())[name] + 1e-12
+    for name in ("entropy", "effective_experts"):
+        assert found[name][0] >= naive.measures(same.tolist())[name] - 1e-12
+
+
 def test_same_blocks_same_interval():
     counts = documents(skewed(8, 0.3), 20)
     assert layer_intervals(counts) == layer_intervals(counts.copy())

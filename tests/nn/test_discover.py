@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from equipoise import nn as enn
-from equipoise.balance import Bias, Loss, Sign, attach
-from equipoise.errors import RoutingError
+from equipoise.balance import Adversarial, Bias, Capacity, Lifecycle, Loss, Sign, attach
+from equipoise.errors import EquipoiseError, RoutingError
 from equipoise.models import discover
 from equipoise.routing import NO_EXPERT, Routing
 
@@ -109,6 +109,28 @@ def test_soft_mixtures_are_refused_by_name() -> None:
 def test_a_bias_is_refused_where_it_could_not_act(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(RoutingError, match="no selection bias can act here"):
         attach(Stack(router=make), Bias(Sign()))
+
+
+@pytest.mark.parametrize("term", [Bias(Sign()), Loss("switch"), Adversarial(), Capacity()], ids=str)
+def test_of_relu_routing_each_term_says_that_the_others_do_not_act_either(term: object) -> None:
+    with pytest.raises(EquipoiseError) as stop:
+        attach(Stack(router=lambda: enn.ReLURouter(WIDTH, EXPERTS, 2)), term)
+    said = str(stop.value)
+    assert "use a Loss" not in said
+    assert "steers itself" in said or isinstance(term, Capacity)
+
+
+def test_what_has_no_loss_needs_no_scores_that_are_known() -> None:
+    model = Stack(router=lambda: enn.ReLURouter(WIDTH, EXPERTS, 2))
+    hidden = torch.randn(1, TOKENS, WIDTH)
+    model(hidden).square().mean().backward()
+    alone = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    handle = attach(model, Lifecycle(patience=1))
+    model(hidden).square().mean().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(alone, model.parameters(), strict=True))
+    handle.step()
+    handle.detach()
 
 
 def test_a_layer_refuses_hidden_states_of_another_width() -> None:

@@ -113,6 +113,29 @@ def test_by_table_keeps_the_longest_subject_on_one_line(stats: dict[str, Any]) -
     assert sum(line.startswith(name + " ") for line in lines) == len(stats["layers"])
 
 
+def test_by_table_says_what_its_intervals_are_over_or_why_there_are_none(
+    stats: dict[str, Any],
+) -> None:
+    def below(**groups: dict[str, Any]) -> str:
+        return " ".join(printed(terminal.by_table(groups, "domain")))
+
+    def without(blocks: int) -> dict[str, Any]:
+        why = {"max_vio_interval": None, "no_interval": f"only {blocks} windows, 8 are needed"}
+        return {**stats, "block": "window", "layers": [{**r, **why} for r in stats["layers"]]}
+
+    rows = [{**row, "blocks": 9 + row["layer"] % 2} for row in stats["layers"]]
+    assert "Interval: 95 %, over documents." in below(a=stats)
+    assert "over 9 to 10 windows of the record" in below(
+        a={**stats, "block": "window", "layers": rows}
+    )
+    assert below(a=without(2), b=without(2)).endswith("No interval: only 2 windows, 8 are needed.")
+    assert below(a=without(1), b=without(2)).endswith(
+        "interval, for example: only 1 windows, 8 are needed."
+    )
+    assert "No interval in 1 of 2 groups: only 2" in below(a=stats, b=without(2))
+    assert "--json and --csv have them" in below(a_name_of_twenty_char=stats)
+
+
 def test_dead_table_names_never_selected_experts_and_counts_the_rest(dead: dict[str, Any]) -> None:
     lines = printed(terminal.dead_table(dead))
     assert lines[0].startswith(f"{4 * EXPERTS} experts: ")

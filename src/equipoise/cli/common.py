@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +61,26 @@ def console() -> Console:
 def say(text: str) -> None:
     """Talk, on standard error; standard output is for results."""
     print(text, file=sys.stderr)
+
+
+WIDTH = 80
+"""Of a line of talk that is meant to be copied."""
+
+
+def say_next(*commands: Sequence[object], after: str = "") -> None:
+    """Say which commands may come next, their words quoted for the shell, `after` what was done.
+
+    One line if it is not longer than WIDTH, else a line for each command.
+    """
+    quoted = [shlex.join(map(str, command)) for command in commands]
+    line = f"{after} Next: {', or '.join(quoted)}".strip()
+    if len(line) <= WIDTH:
+        say(line)
+        return
+    if after:
+        say(after)
+    for lead, command in zip(["Next: ", *["  or: "] * len(quoted)], quoted, strict=False):
+        say(lead + command)
 
 
 def print_json(value: Any) -> None:

@@ -19,7 +19,7 @@ from equipoise.cli.common import (
     one_of,
     open_selected,
     print_json,
-    say,
+    say_next,
 )
 
 
@@ -60,6 +60,6 @@ def dead(
         print(export.dead_csv(rows), end="")
     else:
         console().print(terminal.dead_table(rows, every=everything))
-        say(f"Next: equipoise report {path}")
+        say_next(["equipoise", "report", path])
     if check and any(row["verdict"] == "dead" for row in rows["experts"]):
         raise typer.Exit(1)

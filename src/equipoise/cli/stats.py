@@ -19,7 +19,7 @@ from equipoise.cli.common import (
     one_of,
     open_selected,
     print_json,
-    say,
+    say_next,
 )
 
 
@@ -80,4 +80,4 @@ def stats(
         screen.print(table)
         if layer is None and by is None and rows["accuracy"]:
             screen.print(terminal.accuracy_line(rows["accuracy"]))
-        say(f"Next: equipoise dead {path}, or equipoise report {path}")
+        say_next(["equipoise", "dead", path], ["equipoise", "report", path])

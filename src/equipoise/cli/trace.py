@@ -11,14 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from equipoise.cli.common import say, size_of
+from equipoise.cli.common import say, say_next, size_of
 from equipoise.cli.progress import progress
 
 
 def trace(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Hub id, local folder, or 'demo'.", show_default=False)
+        str,
+        typer.Argument(help="Hub id, local folder, 'demo' or 'demo-balanced'.", show_default=False),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to write the trace to.")
@@ -325,7 +326,7 @@ def _finished(recorder: Any, output: Path) -> Iterator[None]:
         f"{meta.get('recorded_tokens', 0):,} tokens recorded"
         + (f", {speed:,.0f} tokens/s." if speed else ".")
     )
-    say(f"Wrote {output} ({size_of(output)}). Next: equipoise stats {output}")
+    say_next(["equipoise", "stats", output], after=f"Wrote {output} ({size_of(output)}).")
 
 
 @contextmanager

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from equipoise.cli.common import console, print_json, say, size_of
+from equipoise.cli.common import console, print_json, say, say_next, size_of
 from equipoise.cli.progress import progress
+from equipoise.errors import EquipoiseError
 
 
 def train(
@@ -55,10 +59,28 @@ def train(
         return
     try:
         _train(recipe, values or [], out, force, tensorboard, wandb, quiet or not _first(), json)
-    except ValueError:
+    except EquipoiseError as error:
+        _tell_launcher(str(error))
         if _first():
             raise
-        raise SystemExit(2) from None  # the first process tells
+        time.sleep(SECONDS_TO_TELL)  # the launcher stops all as soon as one has ended
+        raise SystemExit(2) from None
+
+
+def _tell_launcher(message: str) -> None:
+    """Under torchrun: let its long report of failed processes end with the message.
+
+    The file and its form are those of torch.distributed.elastic's error handler, whose own report
+    would be the traceback.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        said = {"message": f"equipoise: {message}", "extraInfo": {"timestamp": int(time.time())}}
+        Path(file).write_text(dumps({"message": said}), encoding="utf-8")
+
+
+SECONDS_TO_TELL = 5
+"""Of an error that all processes have, for the first one to say it."""
 
 
 def _first() -> bool:
@@ -83,7 +105,6 @@ def _train(
     quiet: bool,
     json: bool,
 ) -> None:
-    from equipoise.errors import EquipoiseError
     from equipoise.lab import recipes
 
     if recipe is None:
@@ -112,8 +133,6 @@ def _train(
 
 
 def _settings(values: list[str]) -> dict[str, str]:
-    from equipoise.errors import EquipoiseError
-
     found = {}
     for value in values:
         key, equals, text = value.partition("=")
@@ -161,8 +180,6 @@ def _loggers(path: Path, name: str, tensorboard: bool, wandb: bool) -> list[Any]
     """Context managers of the sinks that were asked for; EquipoiseError where a package is missing."""
     from importlib.util import find_spec
 
-    from equipoise.errors import EquipoiseError
-
     wanted = {"tensorboard": tensorboard, "wandb": wandb}
     for package, on in wanted.items():
         if on and find_spec(package) is None:
@@ -205,8 +222,27 @@ def _wandb(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
     from equipoise.balance import sinks
 
     mode = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(project="equipoise", name=name, dir=str(path), mode=mode)
+    number, again = _wandb_id(path / "wandb" / "run-id.txt")
+    if mode in ("offline", "dryrun"):
+        # Offline runs cannot be resumed, and of two with one id the later upload may replace the
+        # earlier: each stretch of training gets a run, and all of them one group.
+        more = {"group": f"{name}-{number}"}
+        if again:
+            say(f"W&B is offline: these steps are a run of their own, of group {more['group']}.")
+    else:
+        more = {"id": number, "resume": "allow"}
+    run = wandb.init(project="equipoise", name=name, dir=str(path), mode=mode, **more)
     return sinks.wandb(run), run.finish
+
+
+def _wandb_id(file: Path) -> tuple[str, bool]:
+    """The id that a run folder goes by at W&B, and whether it had one already."""
+    if file.exists():
+        return file.read_text(encoding="utf-8").strip(), True
+    file.parent.mkdir(parents=True, exist_ok=True)
+    number = secrets.token_hex(4)
+    file.write_text(number + "\n", encoding="utf-8")
+    return number, False
 
 
 # -- the end ----------------------------------------------------------------------------------
@@ -223,10 +259,16 @@ def _report(path: Path, result: Mapping[str, Any], json: bool) -> None:
     saved = result["saved"] or {}
     model = f", model for transformers ({saved['architecture']})" if saved.get("model") else ""
     say(f"Wrote {path} ({size_of(path)}): metrics.parquet{model}.")
-    following = [f"equipoise stats {path / 'trace'}"] if (path / "trace").exists() else []
+    following: list[list[object]] = []
+    if (path / "trace").exists():
+        following.append(["equipoise", "stats", path / "trace"])
     if model:
-        following.append(f"equipoise trace {path / 'model'} --task text --data TEXT")
-    say(f"Next: {', or '.join(following) or 'equipoise.lab.load(' + repr(str(path)) + ')'}")
+        task = ["--task", "text", "--data", "TEXT"]
+        following.append(["equipoise", "trace", path / "model", *task])
+    if following:
+        say_next(*following)
+    else:
+        say(f"Next: equipoise.lab.load({str(path)!r})")
 
 
 def _table(result: Mapping[str, Any], last: Mapping[str, Any]) -> None:

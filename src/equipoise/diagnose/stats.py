@@ -151,7 +151,8 @@ def _layer_row(
         "shared_experts": layer.shared_experts,
     }
     row |= _measures(counts_E, floor(routed, layer.experts, layer.top_k))
-    return row | _uncertainty(here, evidence, tokens, resamples)
+    once = not unrouted and counts_E.max(initial=0) <= tokens  # each token selects K distinct
+    return row | _uncertainty(here, evidence, tokens, layer.top_k if once else 1, resamples)
 
 
 def _measures(counts_E: NDArray[np.int64], chance: Floor) -> Row:
@@ -164,14 +165,18 @@ def _measures(counts_E: NDArray[np.int64], chance: Floor) -> Row:
 
 
 def _uncertainty(
-    here: LayerEvidence | None, evidence: Evidence | None, tokens: int, resamples: int
+    here: LayerEvidence | None,
+    evidence: Evidence | None,
+    tokens: int,
+    distinct: int,
+    resamples: int,
 ) -> Row:
     """Intervals of the layer's measures, design effect and effective tokens."""
     found = None
     why: str | None = "not asked for"
     if here is not None and evidence is not None:
         why = evidence.why_no_interval
-        found = None if why else layer_intervals(here.counts_BE, resamples)
+        found = None if why else layer_intervals(here.counts_BE, resamples, top_k=distinct)
         why = why if why or found else _too_few(evidence.kind, here.blocks)
     effect = here.effect.layer if here is not None else float("nan")
     row: Row = {

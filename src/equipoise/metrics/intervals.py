@@ -50,10 +50,17 @@ class DesignEffect:
 
 
 def layer_intervals(
-    counts_BE: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+    counts_BE: NDArray[Any],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+    *,
+    top_k: int = 1,
 ) -> dict[str, Interval] | None:
     """Intervals of a layer's max_vio, gini, cv, entropy and effective_experts from block counts.
 
+    top_k: distinct experts that every token selects; no share can then be above 1 / top_k, and the
+    intervals end at what K equally used experts would give (MaxVio: E / K - 1).
     Blocks without selections are left out; None with fewer than MIN_BLOCKS others. Seeded.
     """
     counts_BE = _filled(counts_BE)
@@ -65,18 +72,23 @@ def layer_intervals(
     drawn_RE = weights_RB @ counts_BE
     stretch = _t_over_z(blocks, level) * np.sqrt(blocks / (blocks - 1))
 
-    def basic(measure: Callable[..., Values], power: int, top: float) -> Interval:
+    def basic(
+        measure: Callable[..., Values], power: int, top: float, bottom: float = 0.0
+    ) -> Interval:
         here, drawn_R = float(measure(total_E)) ** power, measure(drawn_RE) ** power
         centre = drawn_R.mean()
         noise_R = centre - here + stretch * (drawn_R - centre)
         low, high = here - np.quantile(noise_R, [(1 + level) / 2, (1 - level) / 2])
-        return _root(low, power, top), _root(high, power, top)
+        ends = np.clip([_root(low, power), _root(high, power)], bottom, top)
+        return float(ends[0]), float(ends[1])
 
-    entropy = basic(load.entropy, 1, 1.0)
+    # As uneven as it can be: every token selects the same K experts.
+    worst_E = np.arange(experts) < top_k
+    entropy = basic(load.entropy, 1, 1.0, float(load.entropy(worst_E)))
     return {
-        "max_vio": _max_vio_interval(counts_BE, drawn_RE, stretch, level),
-        "gini": basic(load.gini, 2, 1 - 1 / experts),
-        "cv": basic(load.cv, 2, float(np.sqrt(experts - 1))),
+        "max_vio": _max_vio_interval(counts_BE, drawn_RE, stretch, level, experts / top_k - 1),
+        "gini": basic(load.gini, 2, float(load.gini(worst_E))),
+        "cv": basic(load.cv, 2, float(load.cv(worst_E))),
         "entropy": entropy,
         "effective_experts": (experts ** entropy[0], experts ** entropy[1]),
     }
@@ -140,7 +152,7 @@ def resampling_weights(blocks: int, resamples: int = RESAMPLES, seed: int = 0) -
 
 
 def _max_vio_interval(
-    counts_BE: Values, drawn_RE: Values, stretch: float, level: float
+    counts_BE: Values, drawn_RE: Values, stretch: float, level: float, top: float
 ) -> Interval:
     blocks, experts = counts_BE.shape
     share_E = load.share(counts_BE.sum(0))
@@ -151,7 +163,7 @@ def _max_vio_interval(
     single = _z(level) * _t_over_z(blocks, level)
     low = float((share_E - together * error_E).max()) * experts - 1
     high = float((share_E + single * error_E).max()) * experts - 1
-    return min(max(low, 0.0), experts - 1.0), min(max(high, 0.0), experts - 1.0)
+    return min(max(low, 0.0), top), min(max(high, 0.0), top)
 
 
 def _filled(counts_BE: NDArray[Any]) -> Values:
@@ -161,9 +173,9 @@ def _filled(counts_BE: NDArray[Any]) -> Values:
     return kept
 
 
-def _root(value: float, power: int, top: float) -> float:
-    """Back from the scale of the bootstrap, within the range of the measure."""
-    return float(np.clip(max(value, 0.0) ** (1 / power), 0.0, top))
+def _root(value: float, power: int) -> float:
+    """Back from the scale of the bootstrap."""
+    return float(max(value, 0.0) ** (1 / power))
 
 
 def _z(level: float) -> float:

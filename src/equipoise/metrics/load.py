@@ -31,7 +31,10 @@ def ratio(counts: ArrayLike, experts: ArrayLike | None = None) -> Values:
 
 
 def max_vio(counts: ArrayLike, experts: ArrayLike | None = None) -> Values:
-    """MaxVio = max/mean - 1, in [0, E-1], no absolute value (arXiv 2408.15664, section 4.1)."""
+    """MaxVio = max/mean - 1, in [0, E-1], no absolute value (arXiv 2408.15664, section 4.1).
+
+    Where each token selects K distinct experts, at most E/K-1: an expert is in every token once.
+    """
     c, _, n = _prepared(counts, experts)
     return _ratio_of(c.max(-1) * n, c.sum(-1)) - 1
 

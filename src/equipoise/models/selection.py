@@ -134,7 +134,11 @@ def refuse_without_selection(site: RouterSite, router: nn.Module) -> None:
     if site.variable_top_k:
         reason = "its router does not pick the top-k experts of each token"
     if reason:
+        itself = site.score_function == "relu"
+        instead = (
+            "; no Loss acts here either, this router steers itself" if itself else ", or use a Loss"
+        )
         raise RoutingError(
             f"{site.path} ({site.family}): no selection bias can act here: {reason}. "
-            "Leave the layer out with layers=, or use a Loss."
+            f"Leave the layer out with layers={instead}."
         )

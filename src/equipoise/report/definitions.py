@@ -23,7 +23,7 @@ DEFINITIONS = (
     ),
     Term(
         "MaxVio",
-        "max(count) / mean(count) - 1, between 0 and experts - 1.",
+        "max(count) / mean(count) - 1, between 0 and experts / top-k - 1.",
         "How far the busiest expert is above the mean (arXiv 2408.15664). Its floor is the mean"
         " MaxVio of simulated uniform routing of as many tokens; the grey area reaches to what"
         " chance passes in one run of twenty. Interval: 95 %, from whole documents.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,8 +17,14 @@ _BAR = 16
 
 LAYERS_LEGEND = (
     "MaxVio: busiest expert's count / mean - 1. Floor: what uniform routing of as many tokens"
-    " gives by chance. Interval: 95 %, over {block}s. Effective: experts that, equally"
+    " gives by chance. Interval: 95 %, over {blocks}. Effective: experts that, equally"
     " used, would be as mixed. Least used: expert and its share of the layer's selections."
+)
+
+BY_LEGEND = (
+    "MaxVio: busiest expert's count / mean - 1. Floor: what uniform routing of as many tokens"
+    " gives by chance. Never: experts without a selection. Least used: expert and its share of the"
+    " layer's selections."
 )
 
 EXPERTS_LEGEND = (
@@ -36,13 +42,35 @@ def layers_table(stats: Row) -> RenderableType:
     tables: list[RenderableType] = []
     for name, rows in groups.items():
         tables.append(_layers_table(rows, name if len(groups) > 1 else None))
-    words_below = LAYERS_LEGEND.format(block=stats.get("block") or "document")
-    return Group(*tables, legend(words_below + _no_interval(layers)))
+    words_below = LAYERS_LEGEND.format(blocks=_blocks([stats]))
+    return Group(*tables, legend(words_below + _no_interval([stats])))
 
 
-def _no_interval(layers: Sequence[Row]) -> str:
-    why = next((row["no_interval"] for row in layers if row.get("no_interval")), None)
-    return f" No interval: {why}." if why else ""
+def _no_interval(stats: Iterable[Row]) -> str:
+    """Why intervals are missing: the first reason, and in how many groups, where not in all."""
+    groups = list(stats)
+    reasons = [
+        next((row["no_interval"] for row in group["layers"] if row.get("no_interval")), None)
+        for group in groups
+    ]
+    found = [why for why in reasons if why]
+    if not found:
+        return ""
+    some = f" in {len(found)} of {len(groups)} groups" if len(found) < len(groups) else ""
+    example = ", for example" if len(set(found)) > 1 else ""
+    return f" No interval{some}{example}: {found[0]}."
+
+
+def _blocks(stats: Iterable[Row]) -> str:
+    """What the intervals are over; windows are named with their number, and what it means."""
+    groups = list(stats)
+    kind = next((group["block"] for group in groups if group.get("block")), None) or "document"
+    if kind != "window":
+        return f"{kind}s"
+    counts = [row["blocks"] for group in groups for row in group["layers"] if row.get("blocks")]
+    few, many = min(counts, default=0), max(counts, default=0)
+    number = f"{few}" if few == many else f"{few} to {many}"
+    return f"{number} windows of the record, wide where they are few or of different text"
 
 
 def _layers_table(rows: Sequence[Row], title: str | None) -> Table:
@@ -140,7 +168,10 @@ _BY = {
 
 
 def by_table(by: Row | Mapping[str, Row], key: str = "group") -> RenderableType:
-    """One row per group and layer of `stats_by`; Gini and interval where the names leave room."""
+    """One row per group and layer of `stats_by`; Gini and interval where the names leave room.
+
+    Below it, what intervals are over, or why there are none.
+    """
     groups = by.get("groups", by)
     longest = max((len(name) for name in [key, *groups]), default=0)
     columns = [column for column, until in _BY.items() if longest <= until]
@@ -159,4 +190,16 @@ def by_table(by: Row | Mapping[str, Row], key: str = "group") -> RenderableType:
             }
             add(table, words.line(name), *(cells[column] for column in columns))
         table.add_section()
-    return table
+    return Group(table, legend(BY_LEGEND + _by_intervals(groups, "interval" in columns)))
+
+
+def _by_intervals(groups: Mapping[str, Row], shown: bool) -> str:
+    """What is said of the intervals below `by_table`."""
+    rows = [row for stats in groups.values() for row in stats["layers"]]
+    known = any(row.get("max_vio_interval") for row in rows)
+    why = _no_interval(groups.values())
+    if not known:
+        return why
+    if not shown:
+        return f" Intervals do not fit beside these names: --json and --csv have them.{why}"
+    return f" Interval: 95 %, over {_blocks(groups.values())}.{why}"
