@@ -281,6 +281,82 @@ def test_every_parameter_of_an_expert_is_found(arch: str) -> None:
     assert all(len(several) == site.num_experts for several in rows)
 
 
+def loaded(model: Any, counts: list[int], course: Any) -> None:
+    """A step of every layer's life in which its experts had these loads."""
+    course.before()
+    course.after([torch.tensor(counts)] * len(course.layers), course._step + 1)
+
+
+def test_the_reserve_is_woken_one_by_one_exactly_when_the_awake_are_out_of_balance(
+    model: Any,
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    term = Lifecycle(dead="keep", reserve=0.5, demand=1.0, window=3, noise=0.0)
+    with attach(model, term, optimizer=optimizer) as handle:
+        course = handle.courses
+        assert course is not None
+        train(model, optimizer, 1)
+        assert all((counts[4:] == 0).all() and counts[:4].all() for counts in handle.counts())
+        skewed, even = [9, 1, 1, 1, 0, 0, 0, 0], [8, 4, 2, 2, 0, 0, 0, 0]  # MaxVio 2, and just 1
+        for counts in (even, skewed, skewed, even, skewed, skewed):
+            loaded(model, counts, course)
+        assert {event.what for event in handle.events} == {"reserved"}
+        loaded(model, skewed, course)  # the third in a row
+        woken = [(e.layer, e.expert, e.donor) for e in handle.events if e.what == "woken"]
+        assert woken == [(0, 4, 0), (1, 4, 0)]
+        for name, tensor in parts(model, 0).items():
+            assert torch.equal(tensor[4], tensor[0]), name
+            assert not torch.equal(tensor[5], tensor[0]), name
+        for _ in range(2):
+            loaded(model, skewed, course)
+        assert handle.metrics()["balance/reserve"] == 6
+        loaded(model, skewed, course)
+        assert handle.metrics()["balance/reserve"] == 4
+        train(model, optimizer, 1)
+        for counts in handle.counts():
+            assert counts[4] > 0
+            assert (counts[6:] == 0).all()
+        for _ in range(20):
+            loaded(model, skewed, course)
+        assert handle.metrics()["balance/reserve"] == 0
+        assert [e.expert for e in handle.events if e.what == "woken" and e.layer == 0] == [
+            4,
+            5,
+            6,
+            7,
+        ]
+
+
+def test_a_run_with_a_reserve_resumes_where_it_was(model: Any) -> None:
+    term = Lifecycle(reserve=3, demand=0.1, window=2, noise=0.1, patience=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle = attach(model, term, optimizer=optimizer)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), handle.state_dict()])
+    train(model, optimizer, 4)
+    wanted, events = copy.deepcopy(model.state_dict()), list(handle.events)
+    assert len([e for e in events if e.what == "woken" and e.step > 2]) > 1
+    handle.detach()
+    model.load_state_dict(saved[0])
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    fresh.load_state_dict(saved[1])
+    with attach(model, term, optimizer=fresh) as resumed:
+        resumed.load_state_dict(saved[2])
+        train(model, fresh, 4)
+        assert resumed.events == events
+        assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
+
+
+def test_an_expert_woken_as_it_is_keeps_its_weights_and_needs_no_optimizer(model: Any) -> None:
+    before = copy.deepcopy(model.state_dict())
+    term = Lifecycle(dead="keep", reserve=2, demand=0.0, window=1, woken="own")
+    with attach(model, term) as handle:
+        model(**inputs())
+        handle.step()
+        assert [(e.expert, e.donor) for e in handle.events if e.what == "woken"] == [(6, None)] * 2
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_what_cannot_be_done_is_refused(model: Any) -> None:
     with pytest.raises(EquipoiseError, match="at least one step"):
         Lifecycle(patience=0)
@@ -290,6 +366,12 @@ def test_what_cannot_be_done_is_refused(model: Any) -> None:
         attach(model, Lifecycle(freeze={7: [0]}))
     with pytest.raises(EquipoiseError, match="7 of them cannot be out"):
         attach(model, Lifecycle(retire={0: list(range(7))}))
+    with pytest.raises(EquipoiseError, match=r"reserve=1\.5 has to be a whole number"):
+        Lifecycle(reserve=1.5)
+    with pytest.raises(EquipoiseError, match="7 of them cannot be out"):
+        attach(model, Lifecycle(reserve=7))
+    with pytest.raises(EquipoiseError, match=r"reserve=0\.1 of the 8 experts of .* less than one"):
+        attach(model, Lifecycle(reserve=0.1))
     with pytest.raises(EquipoiseError, match="Quantile sets the bias"):
         attach(model, Lifecycle(dead="freeze"), Bias(Quantile()))
     kill(model)
@@ -348,6 +430,23 @@ def test_the_adversary_learns_and_its_gradient_is_reversed(model: Any) -> None:
                 gate -= sign * 1e-2 * gradient / gradient.norm()
             handle.discard()
         assert values[0] > values[1]
+
+
+def test_the_adversary_learns_nothing_from_a_discarded_step(model: Any) -> None:
+    def learned(*discarded: int) -> list[torch.Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with attach(model, Adversarial(weight=0.1, below=0.9), optimizer=optimizer) as handle:
+            for step in range(3):
+                if step in discarded:
+                    model(**inputs()).loss.backward()
+                    handle.discard()
+                    optimizer.zero_grad()
+                train(model, optimizer)
+            part = handle.layers[0].adversary
+            assert part is not None
+            return [p.detach().clone() for p in part.nets.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(learned(), learned(0, 2), strict=True))
 
 
 def test_the_adversary_resumes(model: Any) -> None:

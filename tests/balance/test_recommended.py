@@ -42,7 +42,9 @@ def max_vio(model: nn.Module, steps: int, *terms: Loss | Bias) -> float:
     return found
 
 
-@pytest.mark.parametrize(("router", "kind"), [("sigmoid", Bias), ("softmax", Loss), ("mixtral", Loss)])
+@pytest.mark.parametrize(
+    ("router", "kind"), [("sigmoid", Bias), ("softmax", Loss), ("mixtral", Loss)]
+)
 def test_a_model_is_balanced_by_what_it_can_keep(router: str, kind: type) -> None:
     model = lab_model(router)
     terms = recommended(model)

@@ -117,6 +117,64 @@ def test_expert_choice_tells_an_earlier_token_of_a_later_one_and_the_threshold_d
     assert selections(chunked, hidden)[8:-1] != selections(chunked, changed)[8:-1]
 
 
+def test_shuffled_chunks_are_chunks_of_a_random_order_with_the_same_load() -> None:
+    router, hidden = choice(chunk=16, shuffle=True), states(60)
+    torch.manual_seed(3)
+    _, weights, ids = router(hidden)
+    torch.manual_seed(3)
+    order = torch.randperm(60)
+    naive = naive_routers.expert_choice(
+        hidden[order], router.weight, 2, function="softmax", chunk=16
+    )
+    torch.testing.assert_close(dense(weights, ids, E)[order], naive)
+    assert loads(ids, E).tolist() == [3 * 16 * 2 // E + 12 * 2 // E] * E
+
+
+def told(router, draws=200):
+    """How often a token's experts change with a later token of its sequence, and with another's.
+
+    Two sequences of 8; token 0 is asked, token 5 and token 13 are changed.
+    """
+    hidden, changes = states(16), [0, 0]
+    for seed in range(draws):
+        for number, token in enumerate((5, 13)):
+            other = hidden.clone()
+            other[token] = 3 * states(1, seed=seed + 50)
+            found = []
+            for given in (hidden, other):
+                torch.manual_seed(seed)
+                found.append(selections(router, given)[0])
+            changes[number] += found[0] != found[1]
+    return [change / draws for change in changes]
+
+
+def test_shuffling_tells_a_token_no_more_of_its_own_future_than_of_other_sequences() -> None:
+    own, other = told(choice(chunk=8))
+    assert own > 0.1
+    assert other == 0
+    own, other = told(choice(chunk=8, shuffle=True))
+    assert own == pytest.approx(other, abs=0.06)
+    assert own > 0
+
+
+def test_causal_expert_choice_routes_each_token_by_itself_in_evaluation_only() -> None:
+    router, hidden = choice(chunk=8).train(), states(400) + 0.5
+    picked = router(hidden)[2]
+    router.step()
+    router.causal = True
+    assert torch.equal(router(hidden)[2], picked)
+    router.eval()
+    changed = hidden.clone()
+    changed[-1] = 3 * states(1, seed=9)
+    assert selections(router, hidden)[:-1] == selections(router, changed)[:-1]
+    expected = naive_routers.expert_threshold(
+        hidden, router.weight, router.threshold_E.tolist(), function="softmax"
+    )
+    torch.testing.assert_close(dense(*router(hidden)[1:], E), expected)
+    # On the tokens that set them, thresholds give every expert its share of all, to rounding.
+    assert (loads(router(hidden)[2], E) - 400 * 2 // E).abs().max() <= 1
+
+
 def test_the_leak_bound_reproduces_the_papers_example() -> None:
     # arXiv 2408.15664: 9 layers, 16 experts, top-2: more than 50 bits a token.
     assert 9 * future_leak(2, 16) == pytest.approx(18 * math.log2(7))
@@ -165,7 +223,7 @@ def test_micro_batches_weigh_by_their_tokens_and_steps_by_the_decay() -> None:
     torch.testing.assert_close(router.threshold_E, ((first + second) / 2).float())
 
 
-@pytest.mark.parametrize("make", [threshold, relu], ids=["threshold", "relu"])
+@pytest.mark.parametrize("make", [threshold, choice, relu], ids=["threshold", "choice", "relu"])
 def test_a_step_over_a_group_is_the_step_of_one_process_that_saw_all_tokens(
     make, monkeypatch
 ) -> None:
@@ -275,6 +333,8 @@ def test_the_l1_strength_stays_finite_where_activity_cannot_fall() -> None:
 def test_impossible_configurations_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="chunk=0"):
         ExpertChoiceRouter(D, E, 2, chunk=0)
+    with pytest.raises(ValueError, match="shuffle=True changes nothing without chunk"):
+        ExpertChoiceRouter(D, E, 2, shuffle=True)
     with pytest.raises(ValueError, match="top_k=9 of 8 experts"):
         ExpertChoiceRouter(D, E, 9)
     with pytest.raises(ValueError, match="score_function='softmax'; allowed are 'sigmoid'"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from equipoise.balance.objectives.adversarial import idle, idleness, reverse_gradient
 from equipoise.balance.passes import SELECTED, Record
+from equipoise.balance.probabilities import NO_LOSS
 from equipoise.errors import EquipoiseError
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Adversaries:
             if layer.scores.function in ("none", "unknown"):
                 raise EquipoiseError(
                     f"{layer.site.path} ({layer.site.family}): Adversarial needs scores per expert; "
-                    f"{layer.site.score_function!r} is none that is known. Leave it out with layers=."
+                    f"{layer.site.score_function!r} is none that is known"
+                    f"{NO_LOSS.get(layer.site.score_function, '')}. Leave it out with layers=."
                 )
             layer.adversary = self
 
@@ -116,6 +118,11 @@ class Adversaries:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._last = float(torch.stack(self._values).mean()) if self._values else math.nan
+        self._values.clear()
+
+    def forget(self) -> None:
+        """The step will not come: nothing is learned from what was seen of it."""
+        self.optimizer.zero_grad()
         self._values.clear()
 
     def metrics(self) -> dict[str, float]:

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equipoise.balance.catalogue import fitted
 from equipoise.balance.layers import Layer
+from equipoise.balance.losses import Losses
 from equipoise.balance.meters import Meters
-from equipoise.balance.passes import PROB, Bank, Layout, Pass, Record, Statistic
+from equipoise.balance.passes import Bank, Layout, Pass, Record, Statistic
+from equipoise.balance.rows import Rows
 from equipoise.balance.scopes import Sequence as SequenceScope
-from equipoise.balance.scopes import Subset
-from equipoise.balance.terms import Loss, objective_of, scope_of
+from equipoise.balance.terms import Loss
 from equipoise.errors import EquipoiseError
 from equipoise.routing import Routing
 
 
-class Book:
+class Book(Losses, Rows):
     """Counts of one optimizer step and what the losses make of them.
 
     `accumulation` micro-batches make a step; `ranks` processes share its tokens, whose gradients
@@ -41,27 +41,15 @@ class Book:
         paths: Sequence[str],
         top_ks: Sequence[int],
     ) -> None:
-        self.banks, self.losses = tuple(banks), tuple(losses)
-        self.scopes = [scope_of(loss) for loss in losses]
-        self.group, self.accumulation, self.mean = group, accumulation, mean
+        Losses.__init__(self, banks, losses, group=group, paths=paths, top_ks=top_ks)
+        Rows.__init__(self)
+        self.accumulation, self.mean = accumulation, mean
         self.alone = False
         """This process shares its batch with no other, as attach() was told."""
-        self.ranks = dist.get_world_size(group) if group is not None else 1
-        self.num_layers = sum(len(bank.layers) for bank in banks)
         self.device = device
-        self.objectives = {
-            (t, bank.index): fitted(objective_of(loss), bank.num_experts, paths[bank.layers[0]])
-            for t, loss in enumerate(losses)
-            for bank in banks
-        }
-        self.factors = [self._factor(loss, paths, top_ks) for loss in losses]
         self.layout = Layout(banks, [*statistics, *self._statistics()])
-        self.synced = any(scope.synced for scope in self.scopes)
-        self.reads_outputs = any(objective_of(loss).reads == "outputs" for loss in losses)
         self.layers: list[Layer] = []
         self.states: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in self.objectives}
-        self.weights: dict[int, Tensor] = {}
-        """Weights per layer [L] of the losses that a controller steers."""
         self.step = 0
         self.previewing = False
         self.tokens_expected: int | None = None
@@ -69,9 +57,7 @@ class Book:
         self.keep_passes = False
         """Keep the counts of each micro-batch until the step's end."""
         self.meters = Meters(len(losses), self.num_layers, device)
-        self.generators: dict[int, torch.Generator] = {}
         self._scratch: dict[Any, Tensor] = {}
-        self.segments: Tensor | None = None
         self.told: dict[str, Tensor | None] = {}
         """What handle.batch() says of the passes inside."""
         self.passes = 0
@@ -94,29 +80,6 @@ class Book:
             layer.forget()
 
     # -- what is counted ------------------------------------------------------------------------
-
-    def statistic(self, term: int, bank: int) -> Statistic:
-        """The counts that make the load of a loss."""
-        scope, objective = self.scopes[term], self.objectives[term, bank]
-        sent = objective.name == "communication"
-        if isinstance(scope, Subset):
-            return ("subset", scope.seed, *([objective.groups] if sent else []))
-        if sent:
-            return ("sent", objective.groups)
-        return (self.losses[term].count,)
-
-    def _statistics(self) -> Iterator[Statistic]:
-        for term, bank in self.objectives:
-            objective, scope = self.objectives[term, bank], self.scopes[term]
-            if objective.kind == "load" and not isinstance(scope, SequenceScope):
-                yield self.statistic(term, bank)
-                if objective.needs_prob:
-                    yield PROB
-
-    def in_batch(self, term: int, bank: int) -> bool:
-        """Whether a loss compares load and mean probability of a batch, not of sequences."""
-        is_load = self.objectives[term, bank].kind == "load"
-        return is_load and not isinstance(self.scopes[term], SequenceScope)
 
     def scratch(self, scores: Tensor) -> Tensor:
         """Room for the probabilities of one layer, used again by the next."""
@@ -232,28 +195,6 @@ class Book:
             if current is until:
                 return
 
-    def weight(self, term: int, layer: int, step: int) -> Tensor | float:
-        """The weight of a loss at one layer in one step."""
-        if term in self.weights:
-            return self.weights[term][layer]
-        return self.losses[term].weight_at(step) * self.factors[term]
-
-    def _factor(self, loss: Loss, paths: Sequence[str], top_ks: Sequence[int]) -> float:
-        """From the convention of a loss to ours; one model has one, so its layers must be alike."""
-        if loss.convention == "equipoise":
-            return 1.0
-        shapes = {(bank.num_experts, top_ks[i]) for bank in self.banks for i in bank.layers}
-        if len(shapes) > 1:
-            raise EquipoiseError(
-                f"Loss({loss.name!r}): convention={loss.convention!r} has no single factor for "
-                f"layers of (experts, top-k) {sorted(shapes)}; {paths[0]} and others differ. Use "
-                "conventions.convert and layers=, one attach for each kind."
-            )
-        (experts, top_k) = shapes.pop()
-        return loss.factor(
-            top_k=top_k, num_layers=self.num_layers, num_experts=experts, ranks=self.ranks
-        )
-
     def whole(self) -> bool:
         """Whether the step saw its micro-batches; with a GradScaler that skipped steps, several."""
         if self.scaler is not None:
@@ -273,46 +214,6 @@ class Book:
             )
         self.resolve()
         return self._total
-
-    # -- sequences and subsets --------------------------------------------------------------------
-
-    @property
-    def _needs_segments(self) -> bool:
-        return any(isinstance(scope, SequenceScope) for scope in self.scopes)
-
-    def _segments(self, record: Record) -> tuple[Tensor, int]:
-        """The sequence of each token row, as told, else the rows of the batch."""
-        rows = len(record.ids_TK)
-        told = self.segments if self.segments is not None else self.packed
-        if told is not None and told.numel() == rows:
-            flat = told.reshape(-1).to(record.ids_TK.device)
-            return flat, int(flat.max()) + 1 if rows else 0
-        batch = self.batch_rows or 1
-        if rows % batch:
-            raise EquipoiseError(
-                f'scope="sequence": {rows} token rows do not divide into the {batch} rows of the '
-                "batch. Say which sequence each token belongs to: handle.batch(segment_ids=...)."
-            )
-        width = max(rows // batch, 1)
-        return torch.arange(rows, device=record.ids_TK.device) // width, batch
-
-    packed: Tensor | None = None
-    """The sequence of each token of a packed batch [B, S], from its position ids."""
-    batch_rows: int | None = None
-    """Rows of the batch that the model was called with."""
-
-    def subset(self, rows: int, valid_T: Tensor | None, seed: int) -> Tensor:
-        """Indices of random valid token rows, one in `ranks`, drawn without replacement."""
-        among = torch.arange(rows) if valid_T is None else valid_T.nonzero()[:, 0].cpu()
-        order = torch.randperm(len(among), generator=self.generator(seed))
-        return among[order[: -(-len(among) // self.ranks)]].to(self.device)
-
-    def generator(self, seed: int) -> torch.Generator:
-        """The random numbers of this rank for a seed."""
-        if seed not in self.generators:
-            rank = dist.get_rank(self.group) if self.group is not None else 0
-            self.generators[seed] = torch.Generator().manual_seed(seed * 1_000_003 + rank)
-        return self.generators[seed]
 
     # -- preview and the step's end ---------------------------------------------------------------
 

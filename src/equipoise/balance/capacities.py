@@ -39,6 +39,9 @@ class Capacities:
                 layer.limiter.counts_E = counts_E
                 layer.limiter.step()
 
+    def forget(self) -> None:
+        """Nothing is gathered within a step."""
+
     def metrics(self) -> dict[str, float]:
         """None of its own: balance/dropped_share is a measure of every step."""
         return {}

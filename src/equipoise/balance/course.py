@@ -14,7 +14,8 @@ from equipoise.balance.lifecycle import Lifecycle
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite
 
-AWAKE, ASLEEP, RETIRED = 0, 1, 2
+AWAKE, ASLEEP, RETIRED, RESERVE = 0, 1, 2, 3
+SAID = {ASLEEP: "frozen", RETIRED: "retired", RESERVE: "reserved"}
 OUT = float("-inf")
 
 
@@ -42,10 +43,12 @@ class Course:
         """Sleeps and wakes in turns."""
         self.under_E = torch.zeros(num)
         """The selection bias of experts that are out, as it was."""
+        self.wanting = torch.zeros((), dtype=torch.int64)
+        """Steps in a row in which the load asked for an expert of the reserve."""
         self.bias: LayerBias | None = None
         self.always_E = self._named(term.freeze)
 
-    STATE = ("idle_E", "tried_E", "phase_E", "left_E", "turns_E", "under_E")
+    STATE = ("idle_E", "tried_E", "phase_E", "left_E", "turns_E", "under_E", "wanting")
 
     def _named(self, by_layer: Any) -> Tensor:
         named_E = torch.zeros(self.site.num_experts, dtype=torch.bool)
@@ -58,11 +61,22 @@ class Course:
             named_E[expert] = True
         return named_E
 
+    def _reserve(self) -> Tensor:
+        """The last experts by number."""
+        size, num = self.term.in_reserve(self.site.num_experts), self.site.num_experts
+        if self.term.reserve and not size:
+            raise EquipoiseError(
+                f"Lifecycle: reserve={self.term.reserve} of the {num} experts of {self.site.path} is "
+                "less than one."
+            )
+        return torch.arange(num) >= num - size
+
     def begin(self, say: Callable[[int, str], None]) -> None:
         """Put those out that were named, before the first step."""
         self._find_out()
         retired_E = self._named(self.term.retire)
-        named = int((self.always_E | retired_E).sum())
+        reserve_E = self._reserve()
+        named = int((self.always_E | retired_E | reserve_E).sum())
         if self.site.num_experts - named < self.site.top_k:
             raise EquipoiseError(
                 f"Lifecycle: {self.site.path} selects {self.site.top_k} of {self.site.num_experts} "
@@ -72,6 +86,8 @@ class Course:
             self.take_out(expert, RETIRED, say)
         for expert in (self.always_E & ~retired_E).nonzero()[:, 0].tolist():
             self.take_out(expert, ASLEEP, say)
+        for expert in (reserve_E & (self.phase_E == AWAKE)).nonzero()[:, 0].tolist():
+            self.take_out(expert, RESERVE, say)
         self.put_out()
 
     def _find_out(self) -> None:
@@ -122,10 +138,26 @@ class Course:
         quiet_E = (counts_E == 0) | (counts_E < self.term.below * fair)
         self.idle_E = torch.where(in_E & quiet_E, self.idle_E + 1, 0)
         self._turns(say)
-        dead_E = (self.phase_E == AWAKE) & ~self.turns_E & (self.idle_E >= self.term.patience)
         donors = [e for e in counts_E.argsort(descending=True, stable=True).tolist() if in_E[e]]
+        self._wake(counts_E[in_E], donors, revive, say)
+        dead_E = (self.phase_E == AWAKE) & ~self.turns_E & (self.idle_E >= self.term.patience)
         for expert in dead_E.nonzero()[:, 0].tolist():
             self._dead(expert, donors, quiet_E, revive, say)
+
+    def _wake(self, awake_E: Tensor, donors: list[int], revive: Any, say: Any) -> None:
+        """One of the reserve, when the load of those awake asked for it long enough."""
+        reserve = (self.phase_E == RESERVE).nonzero()[:, 0].tolist()
+        wanted = awake_E.max() > (1 + self.term.demand) * awake_E.double().mean()
+        self.wanting = self.wanting + 1 if reserve and wanted else torch.zeros_like(self.wanting)
+        if self.wanting < self.term.window:
+            return
+        donor = donors.pop(0) if self.term.woken == "donor" else None
+        if donor is not None:
+            revive(reserve[0], donor)
+        self.phase_E[reserve[0]] = AWAKE
+        self._to_mean(reserve[0])
+        self.wanting = torch.zeros_like(self.wanting)
+        say(reserve[0], "woken", donor)
 
     def _turns(self, say: Any) -> None:
         self.left_E = torch.where(self.turns_E, self.left_E - 1, self.left_E)
@@ -142,6 +174,8 @@ class Course:
                 self.turns_E[expert] = False
 
     def _dead(self, expert: int, donors: list[int], quiet_E: Tensor, revive: Any, say: Any) -> None:
+        if self.term.dead == "keep":
+            return
         if self.term.dead == "retire":
             self.take_out(expert, RETIRED, say)
         elif self.term.dead == "freeze" or self._worn(expert):
@@ -174,5 +208,5 @@ class Course:
         self.idle_E[expert] = 0
         self.turns_E[expert] = phase == ASLEEP
         self.left_E[expert] = self.term.asleep
-        say(expert, "frozen" if phase == ASLEEP else "retired")
+        say(expert, SAID[phase])
         return True

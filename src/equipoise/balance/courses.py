@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.balance import experts
 from equipoise.balance.biases import LayerBias
-from equipoise.balance.course import ASLEEP, AWAKE, RETIRED, Course
+from equipoise.balance.course import ASLEEP, AWAKE, RESERVE, RETIRED, Course
 from equipoise.balance.lifecycle import Event, Lifecycle
 from equipoise.balance.terms import Bias
 from equipoise.errors import EquipoiseError
@@ -98,6 +98,9 @@ class Courses:
 
         return revive
 
+    def forget(self) -> None:
+        """Nothing is gathered within a step."""
+
     def metrics(self) -> dict[str, float]:
         """Events of the last step, and how many experts are out now."""
         now = [event.what for event in self.events if event.step == self._step]
@@ -107,6 +110,7 @@ class Courses:
             "balance/woken": float(now.count("woken")),
             "balance/frozen": float((phases == ASLEEP).sum()),
             "balance/retired": float((phases == RETIRED).sum()),
+            **({"balance/reserve": float((phases == RESERVE).sum())} if self.term.reserve else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,13 +123,13 @@ class Courses:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; the biases have been put in place before."""
         for layer, saved in zip(self.layers, state["layers"], strict=True):
-            for name in Course.STATE:
+            for name in saved.keys() & set(Course.STATE):  # older ones know of no reserve
                 setattr(layer, name, saved[name].clone())
             layer.put_out()
         self.events[:] = [Event(**event) for event in state["events"]]
 
     def detach(self) -> None:
-        """The frozen can be selected again, the retired stay out."""
+        """The frozen and the reserve can be selected again, the retired stay out."""
         for layer in self.layers:
             layer.phase_E[layer.phase_E == RETIRED] = AWAKE
             layer.lift()

@@ -109,7 +109,8 @@ def check_rows(site: RouterSite, rows: Sequence[Rows]) -> None:
         if hasattr(row.parameter, "full_tensor"):
             raise EquipoiseError(
                 f"{_where(site)}its weights are sharded (FSDP2, DTensor), and an expert cannot be "
-                "copied across shards. Lifecycle(dead='freeze') and dead='retire' work there."
+                "copied across shards. Lifecycle(dead='freeze') and dead='retire' work there, and "
+                "a reserve with woken='own'."
             )
         if not row.parameter.requires_grad:
             raise EquipoiseError(

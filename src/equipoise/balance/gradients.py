@@ -25,6 +25,8 @@ class Gradients:
         """The gradient of all losses with respect to one router's scores in one pass."""
         book = self._book
         self._settle(record.of)
+        if not book.losses and layer.adversary is None:
+            return None  # and no probabilities, which not every router has
         total: Tensor | None = None
         probs = layer.scores.probs(scores, out=book.scratch(scores))
         onto = self._of_batch(layer, record, probs)  # gradient with respect to the probabilities

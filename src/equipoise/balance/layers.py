@@ -11,7 +11,7 @@ from torch import Tensor
 from equipoise.balance.gradients import Gradients
 from equipoise.balance.outputs import refuse_without_outputs
 from equipoise.balance.passes import KEPT, PROB, TOKENS, Record, Statistic, columns, groups_of
-from equipoise.balance.probabilities import Scores
+from equipoise.balance.probabilities import NO_LOSS, Scores
 from equipoise.balance.terms import Bias, Loss, objective_of
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite, steering
@@ -162,7 +162,8 @@ class Layer:
         if losses and self.scores.function in ("none", "unknown"):
             raise EquipoiseError(
                 f"{self.site.path} ({self.site.family}): its score function is "
-                f"{self.site.score_function!r}, which no loss here knows. Leave it out with layers=."
+                f"{self.site.score_function!r}, which no loss here knows"
+                f"{NO_LOSS.get(self.site.score_function, '')}. Leave it out with layers=."
             )
         if losses and self.site.family == "doge":
             raise EquipoiseError(

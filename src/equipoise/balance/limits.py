@@ -186,6 +186,11 @@ def _refuse(site: RouterSite, scores: Scores, block: nn.Module, settings: Capaci
     reason = REFUSED.get(type(site.module).__name__)
     if reason is not None:
         raise EquipoiseError(f"{where}{reason}. Leave the layer out with layers=.")
+    if site.variable_top_k:
+        raise EquipoiseError(
+            f"{where}its router gives tokens any number of experts, not top-k. Leave the layer out "
+            "with layers=."
+        )
     if isinstance(block, MoELayer) and block.limiter is not None:
         raise EquipoiseError(
             f"{where}the MoELayer has one of its own. Build it with capacity=None."

@@ -21,6 +21,10 @@ class Part(Protocol):
         """Biases and router gradients are done; `counts` are selections on all ranks, [E] a layer."""
         ...
 
+    def forget(self) -> None:
+        """The step under way will not come: drop what was gathered of it."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """Figures of the last step, by stable names."""
         ...

@@ -21,6 +21,10 @@ Sigmoid and sqrtsoftplus scores are divided by their sum, as DeepSeek-V3 does fo
 """
 
 
+NO_LOSS = {"relu": "; it steers itself by an L1 term, and takes no selection bias either"}
+"""What to say of a score function that no loss knows."""
+
+
 class Scores:
     """How one router's scores [T, E] become probabilities [T, E], and gradients go back."""
 

@@ -137,8 +137,10 @@ class Steps:
             )
 
     def forget(self) -> None:
-        """Drop the step under way, and what controllers saw of it."""
+        """Drop the step under way, and what controllers and other terms saw of it."""
         self.book.drop_step()
+        for part in self.parts:
+            part.forget()
         for state in self.states:
             assert self.bias is not None
             for name in self.bias.controller.reduce:  # empty when a step begins
