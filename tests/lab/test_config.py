@@ -51,8 +51,14 @@ def test_recipes_derive_from_one_another() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"model.expert": 4}, ["No setting 'model.expert'", "Did you mean 'experts'?"]),
-        ({"modle.experts": 4}, ["No setting 'modle.experts'", "model.experts"]),
+        (
+            {"model.expert": 4},
+            ["No setting 'model.expert'", " model.hidden_size,", "Did you mean 'model.experts'?"],
+        ),
+        ({"modle.experts": 4}, ["No setting 'modle.experts'", "Did you mean 'model.experts'?"]),
+        ({"experts": 4}, ["name, model.hidden_size", "Did you mean 'model.experts'?"]),
+        ({"model": 4}, ["No setting 'model': there are name, model.hidden_size"]),
+        ({"tokens.many": 4}, ["No setting 'tokens.many'", "Did you mean 'tokens'?"]),
         ({"tokens": "many"}, ["tokens='many' is not a whole number"]),
         ({"tokens": "1e400"}, ["tokens='1e400' is not a whole number"]),
         ({"tokens": 1.5}, ["tokens=1.5 is not a whole number"]),
@@ -98,6 +104,19 @@ def test_recipes_derive_from_one_another() -> None:
             ["model.capacity='capacity'", "model.router='expert_choice'"],
         ),
         ({"model.router": "hash", "balance": "switch"}, ["balance='switch'", "'hash'"]),
+        (
+            {"model.router": "relu", "balance": "sign(rate=0.001)"},
+            ["balance='sign(rate=0.001)'", "steers itself", "balance=none"],
+        ),
+        (
+            {"model.router": "relu(rate=1.1)", "balance": "lifecycle + switch"},
+            ["'relu(rate=1.1)'", "No loss, no bias and no capacity acts", "only lifecycle does"],
+        ),
+        (
+            {"model.router": "expert_choice", "balance": "switch + capacity"},
+            ["'expert_choice'", "a fixed top-k"],
+        ),
+        ({"model.router": "relu", "model.capacity": "capacity"}, ["fixed top-k", "'relu'"]),
         ({"model.router": "sigmoid(route_scal=2)"}, ["'route_scal'", "'route_scale'"]),
         ({"model.router": "sigmoid(weighting=foo)"}, ["weighting='foo'", "renormalized"]),
         ({"model.router": "soft(slots=0)"}, ["slots=0", "at least 1"]),

@@ -103,6 +103,11 @@ def test_two_processes_give_the_curve_of_one(
     assert found(folder, way) == [result["parameters"]] * 2
     assert two.read("result.json")["loss"] == pytest.approx(result["loss"], rel=precise)
     same(load(folder / way), load(tmp_path / "one"), 2e-2 if "bfloat16" in way else 1e-4)
+    shared, alone = (run.read("evaluations.json")[-1] for run in (two, one))
+    assert shared["tokens"] == alone["tokens"]
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=precise)
+    totals = [[[sum(e) for e in layers] for layers in x["counts"]] for x in (shared, alone)]
+    assert totals[0] == totals[1]
 
 
 def same(ours: torch.nn.Module, theirs: torch.nn.Module, rtol: float) -> None:
@@ -119,6 +124,8 @@ def test_the_trace_of_two_processes_counts_every_row_once(folder: Path) -> None:
         counts = RunFolder(folder / way).read("evaluations.json")[-1]["counts"]
         trace = equipoise.open(folder / way / "trace")
         assert (trace.counts_LE == torch.tensor(counts).sum(0).numpy()).all()
+        assert {part.manifest.data_rank for part in trace._parts} == {0, 1}
+        assert trace.sequences.num_rows == 3 * (200 // 16)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "experts"])

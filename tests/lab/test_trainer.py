@@ -114,7 +114,7 @@ def poisoned(name: str, step: int) -> Callable[[Any], None]:
     """NaN in a weight of the run before a step."""
     from equipoise.lab import trainer
 
-    taken = trainer.Run._step
+    taken = trainer.Run.advance
 
     def step_of(run: Any) -> None:
         if run.step == step:
@@ -149,7 +149,7 @@ def test_an_output_that_overflows_names_its_layer(
 ) -> None:
     from equipoise.lab import trainer
 
-    taken = trainer.Run._step
+    taken = trainer.Run.advance
 
     def step(run: Any) -> None:
         if run.step == 2:

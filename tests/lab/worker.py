@@ -50,18 +50,18 @@ def poisoned(config: Config, out: Path) -> str:
     """NaN in a weight of the second process alone."""
     from equipoise.lab import trainer
 
-    taken = trainer.Run._step
+    taken = trainer.Run.advance
 
     def step(run: Any) -> None:
         if run.step == 2 and run.processes.rank == 1:
             run.plain.blocks[1].mlp.gate.weight.data.fill_(float("nan"))
         taken(run)
 
-    trainer.Run._step = step  # type: ignore[method-assign]
+    trainer.Run.advance = step  # type: ignore[method-assign]
     try:
         return refused(config, out)
     finally:
-        trainer.Run._step = taken  # type: ignore[method-assign]
+        trainer.Run.advance = taken  # type: ignore[method-assign]
 
 
 def no_room(config: Config, out: Path) -> str:

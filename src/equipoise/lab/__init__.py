@@ -58,3 +58,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"equipoise.lab.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'equipoise.lab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

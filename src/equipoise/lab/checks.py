@@ -139,15 +139,11 @@ def _methods(config: Config) -> None:
         raise EquipoiseError(
             f"model.capacity={model.capacity!r} and balance={config.balance!r} both limit the load."
         )
-    from equipoise.lab.routers import check_router
+    from equipoise.lab.routers import check_balance, check_router
 
     router = one(model.router)
     check_router(model, router)
-    if router.name == "hash" and parse(config.balance):
-        raise EquipoiseError(
-            f"balance={config.balance!r} with model.router='hash': its experts are read from a "
-            "table, which nothing balances."
-        )
+    check_balance(config.balance, router)
 
 
 def _divides(small_name: str, small: int, large_name: str, large: int) -> None:

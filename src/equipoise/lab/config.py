@@ -10,7 +10,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
@@ -142,6 +142,7 @@ class Config:
 
     def change(self, values: Mapping[str, Any]) -> Self:
         """Another config, with values by dotted name; texts are read as the field's type."""
+        _refuse_unknown(values, _names(self))
         return typing.cast(Self, _changed(self, dict(values), ""))
 
     def to_json(self) -> str:
@@ -172,17 +173,23 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
 
 
+def _refuse_unknown(values: Iterable[str], names: list[str]) -> None:
+    """EquipoiseError for a dotted name that there is not, with those of its part of the config."""
+    for name in values:
+        if name not in names:
+            part = name.rpartition(".")[0]
+            there = [n for n in names if n.rpartition(".")[0] == part] if part else names
+            raise EquipoiseError(
+                f"No setting {name!r}: there are {', '.join(there or names)}.{nearest(name, names)}"
+            )
+
+
 def _changed(config: Any, values: dict[str, Any], prefix: str) -> Any:
     types_of = typing.get_type_hints(type(config))
     own: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         head, _, rest = key.partition(".")
-        if head not in types_of or bool(rest) != dataclasses.is_dataclass(types_of[head]):
-            names = _names(config)
-            raise EquipoiseError(
-                f"No setting {prefix + key!r}: there are {', '.join(names)}.{nearest(key, names)}"
-            )
         if rest:
             inner.setdefault(head, {})[rest] = value
         else:

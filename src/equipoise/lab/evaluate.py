@@ -6,11 +6,11 @@ Shapes: D domains, L MoE layers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,13 @@ from torch import Tensor
 
 from equipoise.lab.batches import held_out_rows
 from equipoise.lab.corpus import Corpus
+from equipoise.lab.leak import Leak, causal_routing, measure
 from equipoise.lab.meter import Meter
 from equipoise.lab.model import LanguageModel
 from equipoise.metrics import floors, load
+
+if TYPE_CHECKING:
+    from equipoise.lab.processes import Processes
 
 ROWS = 32
 """In one forward pass."""
@@ -42,6 +46,8 @@ class Evaluation:
     """Selections of each domain, layer and expert, [D, L, E]; [D, 0, 0] where nothing is selected."""
     weight_sums: NDArray[np.float64]
     """Mean over tokens of the sum of selected scores, before they are renormalised, [D, L]."""
+    leak: Leak | None = None
+    """Where layers look at later tokens: what they gain by it, if it was measured."""
 
     @property
     def loss(self) -> float:
@@ -75,7 +81,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
+        found = {
             "domains": list(self.domains),
             "losses": self.losses.tolist(),
             "tokens": self.tokens.tolist(),
@@ -83,6 +89,7 @@ class Evaluation:
             "counts": self.counts.tolist(),
             "weight_sums": self.weight_sums.tolist(),
         }
+        return found if self.leak is None else {**found, "leak": self.leak.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
@@ -94,6 +101,7 @@ class Evaluation:
             np.array(values["bytes_per_token"]),
             np.array(values["counts"], dtype=np.int64),
             np.array(values["weight_sums"]),
+            Leak.from_dict(values["leak"]) if "leak" in values else None,
         )
 
 
@@ -104,59 +112,101 @@ def evaluate(
     *,
     tokens: int = 0,
     trace: Path | None = None,
+    leak_rows: int = 0,
+    processes: Processes | None = None,
 ) -> Evaluation:
-    """Run every domain's held-out rows (about `tokens` of each; 0 is all); record to `trace`."""
+    """Run every domain's held-out rows (about `tokens` of each; 0 is all); record to `trace`.
+
+    processes: those that make the passes between them, the same passes as one would make alone;
+    all get the whole evaluation. Their losses differ from one's in the rounding of sums only.
+    Expert choice goes by its thresholds, as generation would. leak_rows: measure the `leak` of a
+    model that looks at later tokens, with so many rows in a pass; 0 does not.
+    """
     training = model.training
     model.eval()
-    losses, seen, counts, sums, recorder = [], [], [], [], None
+    rows = [held_out_rows(domain, row_length, tokens) for domain in corpus.domains]
+    seen_D = np.array([len(found) * row_length for found in rows])
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(causal_routing(model))
             meter = stack.enter_context(Meter(model))
             meter.scores = True
-            if trace is not None:
-                recorder = stack.enter_context(_recording(model, trace))
-            for domain in corpus.domains:
-                rows = held_out_rows(domain, row_length, tokens)
-                losses.append(_losses(model, rows, recorder, domain.name))
-                seen.append(rows.shape[0] * row_length)
-                counts_LE, sums_L = meter.take()
-                counts.append(counts_LE.cpu().numpy())
-                sums.append(sums_L.cpu().numpy() / seen[-1])
+            recorder = stack.enter_context(_recording(model, trace)) if trace is not None else None
+            losses_D, sums_DL, counts_DLE = _passes(
+                model, _dealt(rows, processes), corpus.names, meter, recorder
+            )
+        if processes is not None:
+            for part in (losses_D, sums_DL, counts_DLE):
+                processes.total(part)
+        leak = measure(model, corpus, row_length, leak_rows, tokens) if leak_rows else None
     finally:
         model.train(training)
     ratios = [d.held_out_bytes / len(d.held_out) for d in corpus.domains]
     return Evaluation(
         corpus.names,
-        np.array(losses),
-        np.array(seen),
+        losses_D.cpu().numpy() / seen_D,
+        seen_D,
         np.array(ratios),
-        np.stack(counts),
-        np.stack(sums),
+        counts_DLE.cpu().numpy(),
+        sums_DL.cpu().numpy() / seen_D[:, None],
+        leak,
     )
 
 
 @contextmanager
 def _recording(model: LanguageModel, path: Path) -> Iterator[Any]:
-    """Of several processes each evaluates all: the first one's rows count, the others' check them."""
+    """Every process records the passes that it makes."""
     import equipoise
 
-    with equipoise.record(model, path, level="counts", force=True, data_rank=0) as recorder:
+    with equipoise.record(model, path, level="counts", force=True) as recorder:
         yield recorder
 
 
-def _losses(model: LanguageModel, rows: Tensor, recorder: Any, domain: str) -> float:
-    total, device = 0.0, next(model.parameters()).device
-    for part in torch.split(rows, ROWS):
-        part = part.to(device)
-        ids, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
-        with ExitStack() as stack:
-            if recorder is not None:
-                numbers = [recorder.add_sequence(domain=domain, tokens=ids.shape[1]) for _ in ids]
-                stack.enter_context(recorder.batch(numbers))
-            losses = model(ids, targets, reduction="none")
-        total += float(losses.sum(dtype=torch.float64))
+def _dealt(rows: Sequence[Tensor], processes: Processes | None) -> list[tuple[int, Tensor]]:
+    """The passes of this process: a domain's number, and rows [B, S + 1] of it.
+
+    Where all have to make each pass together, one without rows joins the last with none.
+    """
+    parts = [(d, part) for d, found in enumerate(rows) for part in torch.split(found, ROWS)]
+    if processes is None or processes.count == 1:
+        return parts
+    mine = parts[processes.rank :: processes.count]
+    if processes.in_step and len(mine) * processes.count < len(parts):
+        mine.append((0, rows[0][:0]))
+    return mine
+
+
+def _passes(
+    model: LanguageModel,
+    parts: Sequence[tuple[int, Tensor]],
+    domains: Sequence[str],
+    meter: Meter,
+    recorder: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the passes: losses [D], selected scores [D, L], float64, selections [D, L, E]."""
+    device = next(model.parameters()).device
+    losses_D = torch.zeros(len(domains), dtype=torch.float64, device=device)
+    counts_LE, sums_L = meter.take()
+    counts_DLE = counts_LE.new_zeros(len(domains), *counts_LE.shape)
+    sums_DL = sums_L.new_zeros(len(domains), *sums_L.shape)
+    for domain, part in parts:
+        losses_D[domain] += _losses(model, part.to(device), recorder, domains[domain])
+        counts_LE, sums_L = meter.take()
+        counts_DLE[domain] += counts_LE
+        sums_DL[domain] += sums_L
+    return losses_D, sums_DL, counts_DLE
+
+
+def _losses(model: LanguageModel, rows: Tensor, recorder: Any, domain: str) -> Tensor:
+    """The sum over the tokens of a pass, float64."""
+    ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    numbers = []
+    with ExitStack() as stack:
         if recorder is not None:
-            for number in numbers:
-                recorder.complete(number)
-    return total / (rows.shape[0] * (rows.shape[1] - 1))
+            numbers = [recorder.add_sequence(domain=domain, tokens=ids.shape[1]) for _ in ids]
+            stack.enter_context(recorder.batch(numbers))
+        losses: Tensor = model(ids, targets, reduction="none")
+    for number in numbers:
+        recorder.complete(number)
+    return losses.sum(dtype=torch.float64)

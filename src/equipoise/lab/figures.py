@@ -79,16 +79,29 @@ def lines(
 
 
 def shares(axis: Any, tokens: ArrayLike, shares_NE: Any, *, title: str) -> None:
-    """Shares of all experts over training, stacked to 1."""
-    axis.stackplot(np.asarray(tokens), np.asarray(shares_NE).T, linewidth=0, colors=_many())
+    """Shares of all experts over training, stacked to 1; no two experts have one colour."""
+    shares_EN = np.asarray(shares_NE).T
+    axis.stackplot(
+        np.asarray(tokens),
+        shares_EN,
+        colors=_many(len(shares_EN)),
+        edgecolor="white",  # with many experts neighbours have near colours
+        linewidth=0.15,
+    )
+    axis.margins(x=0)
     axis.set(title=title, xlabel="million tokens", ylabel="share of selections", ylim=(0, 1))
     axis.grid(False)
 
 
-def _many() -> Sequence[Any]:
+def _many(count: int) -> Sequence[Any]:
+    """So many colours from one map, which is continued between its entries."""
     from matplotlib import colormaps
 
-    return [colormaps["turbo"](value) for value in np.linspace(0.05, 0.95, 16)]
+    entries = np.arange(256)
+    table = colormaps["turbo"](entries)
+    places = np.linspace(0.05, 0.95, count) * entries[-1]
+    colours = np.stack([np.interp(places, entries, channel) for channel in table.T], 1)
+    return list(colours)
 
 
 def legend(figure: Any, axis: Any, columns: int = 4) -> None:

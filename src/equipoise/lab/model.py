@@ -35,7 +35,8 @@ class Attention(nn.Module):
     def forward(self, hidden_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
         """Attention's output [B, S, D]."""
         rows, length, _ = hidden_BSD.shape
-        heads = self.qkv_proj(hidden_BSD).view(rows, length, -1, self.width).transpose(1, 2)
+        count = self.heads + 2 * self.kv_heads
+        heads = self.qkv_proj(hidden_BSD).view(rows, length, count, self.width).transpose(1, 2)
         turned = rotated(heads[:, : -self.kv_heads], cos_SC, sin_SC)
         query, key = turned[:, : self.heads], turned[:, self.heads :]
         value = heads[:, -self.kv_heads :]

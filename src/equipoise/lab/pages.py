@@ -13,6 +13,7 @@ from equipoise.lab.experiments.base import Experiment, Page, Results
 from equipoise.lab.folder import write_text
 from equipoise.lab.grid import Grid
 from equipoise.lab.results import Result
+from equipoise.lab.turns import Turns, measure
 
 Say = Callable[[str], None]
 TIERS = ("cpu", "gpu")
@@ -41,12 +42,19 @@ def run_experiment(
     """Run what is missing of an experiment's grid in `out`/runs, and write `out`/<name>.md.
 
     redraw: run nothing; make the page from the runs that are there. data: another place of the
-    text. Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
+    text. An experiment that measures rather than trains takes neither seeds nor data, nor workers.
+    Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
     """
     experiment = find(name)
     if tier not in TIERS:
         raise EquipoiseError(f"tier={tier!r} is not one of {', '.join(TIERS)}.")
     pool = Path(out) / "runs"
+    if experiment.measure is not None:
+        if seeds != 1 or data is not None:
+            raise EquipoiseError(f"{name!r} trains nothing: leave out --seeds and --data.")
+        if not redraw:
+            experiment.measure(pool, tier, say)
+        return write_page(experiment, [], Path(out), tier)
     configs = experiment.configs(tier, seeds)
     if data is not None:
         configs = [config.change({"data.source": data}) for config in configs]
@@ -59,10 +67,21 @@ def run_experiment(
         return write_page(experiment, configs, Path(out), tier)
     try:
         Grid(configs, pool, workers, say).run()
+        measure(configs, turns_of(pool, experiment, tier), say)
     finally:
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
             path = write_page(experiment, configs, Path(out), tier)
     return path
+
+
+def page_name(experiment: Experiment, tier: str) -> str:
+    """The name of an experiment's page."""
+    return experiment.name if tier == "cpu" else f"{experiment.name}-{tier}"
+
+
+def turns_of(pool: Path, experiment: Experiment, tier: str) -> Path:
+    """The file of an experiment's step times."""
+    return pool / f"{page_name(experiment, tier)}-times.json"
 
 
 def _finished(configs: Sequence[Config], pool: Path) -> bool:
@@ -77,14 +96,17 @@ def write_page(experiment: Experiment, configs: Sequence[Config], out: Path, tie
         result = Result.find(out / "runs", config)
         if result is not None:
             by_name.setdefault(config.name, []).append(result)
-    page = Page(experiment.name if tier == "cpu" else f"{experiment.name}-{tier}")
+    name = page_name(experiment, tier)
+    page = Page(name, out / "runs", Turns.read(turns_of(out / "runs", experiment, tier)))
     page.blocks.append(f"# {experiment.title}")
     page.text(experiment.claim)
-    _setup(page, experiment, configs, by_name, tier)
+    if experiment.measure is None:
+        _setup(page, experiment, configs, by_name, tier)
     experiment.write(page, by_name)
     page.heading("What may not be concluded")
     page.bullets(*experiment.limits)
-    _runs(page, by_name)
+    if experiment.measure is None:
+        _runs(page, by_name)
     for file, draw in page.figures.items():
         draw(out / file)
     path = out / f"{page.name}.md"

@@ -111,6 +111,11 @@ class Processes:
         return self.config.batch_rows // (self.config.micro_rows * self.count)
 
     @property
+    def in_step(self) -> bool:
+        """All processes have to make each forward pass together."""
+        return self.sharded or self.config.expert_parallel
+
+    @property
     def expert_group(self) -> dist.ProcessGroup | None:
         """The processes that share out the experts, or None."""
         return dist.group.WORLD if self.config.expert_parallel else None

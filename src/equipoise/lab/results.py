@@ -98,9 +98,12 @@ class Result:
         return found
 
     @property
-    def step_seconds(self) -> float:
-        """Median time of a step; the first ones, which warm caches, are left out."""
-        return float(np.median(self.column("seconds")[5:]))
+    def dropped_share(self) -> float:
+        """Of the selections of the last tenth of training; NaN where nothing limits the load."""
+        if "dropped_share" not in self._metrics.column_names:
+            return float("nan")
+        shares = self.column("dropped_share")
+        return float(shares[-max(1, len(shares) // 10) :].mean())
 
     @property
     def step_floor(self) -> float:

@@ -13,16 +13,9 @@ if TYPE_CHECKING:
 
 FIXED = ("softmax", "mixtral", "sigmoid", "sqrtsoftplus")
 """Routers with a fixed number of experts per token and a selection bias, which any term can act on."""
-ROUTERS = (
-    *FIXED,
-    "random",
-    "sinkhorn",
-    "base",
-    "hash",
-    "expert_choice",
-    "expert_threshold",
-    "relu",
-)
+VARIABLE = ("expert_choice", "expert_threshold", "relu")
+"""Routers that give tokens different numbers of experts."""
+ROUTERS = (*FIXED, "random", "sinkhorn", "base", "hash", *VARIABLE)
 BLOCKS = (*ROUTERS, "soft")
 """What `model.router` may name: a router, or "soft", whose layer mixes tokens and selects none."""
 
@@ -43,12 +36,30 @@ def check_router(model: ModelConfig, call: Call) -> None:
             f"model.router={str(call)!r} with model.top_k=1 makes every weight 1, so that the router "
             "gets no gradient; use weighting=scores."
         )
-    if model.capacity != "none" and call.name in ("expert_choice", "expert_threshold", "soft"):
+    if model.capacity != "none" and call.name in (*VARIABLE, "soft"):
         raise EquipoiseError(
             f"model.capacity={model.capacity!r} is for routers with a fixed top-k, not "
             f"model.router={call.name!r}."
         )
     _check_options(model, call)
+
+
+def check_balance(balance: str, router: Call) -> None:
+    """Raise EquipoiseError for balancing terms that cannot act on a router."""
+    names = [call.name for call in parse(balance)]
+    said = f"balance={balance!r} with model.router={str(router)!r}: "
+    if names and router.name == "hash":
+        raise EquipoiseError(f"{said}its experts are read from a table, which nothing balances.")
+    if set(names) - {"lifecycle"} and router.name == "relu":
+        raise EquipoiseError(
+            f"{said}this router steers itself, by an L1 term with the options l1_weight and rate. No "
+            "loss, no bias and no capacity acts on it; of all terms only lifecycle does. Use "
+            "balance=none, or another router."
+        )
+    if "capacity" in names and router.name in VARIABLE:
+        raise EquipoiseError(
+            f"{said}a capacity is for routers with a fixed top-k. Leave it out, or use another router."
+        )
 
 
 def _check_options(model: ModelConfig, call: Call) -> None:

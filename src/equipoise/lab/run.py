@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class Run:
         self.model.train()
         with Stop() as stop:
             while self.step < self.config.steps:
-                self._step()
+                self.advance()
                 if self._agreed(stop.asked):
                     self.save()
                     raise KeyboardInterrupt
@@ -121,7 +122,8 @@ class Run:
         if self._saved_step < self.step:
             self.save()  # evaluation takes long, and may be stopped too
 
-    def _step(self) -> None:
+    def advance(self) -> None:
+        """The next optimizer step, noted in the journal."""
         begin = time.perf_counter()
         micro_batches = self.batches.step(self.step)
         if self.looks_ahead:
@@ -219,13 +221,16 @@ class Run:
         return float(self.processes.total(told)) > 0
 
     def evaluate(self, tokens: int, trace: Path | None = None) -> Evaluation:
-        """Held-out losses and counts, noted under the step; each of several processes does it all.
-
-        With sharded parameters or experts they have to run each pass together.
-        """
+        """Held-out losses and counts, noted under the step; several processes share the passes."""
         with self._same_noise(), self.processes.autocast():
             found = evaluate(
-                self.plain, self.corpus, self.config.data.row_length, tokens=tokens, trace=trace
+                self.plain,
+                self.corpus,
+                self.config.data.row_length,
+                tokens=tokens,
+                trace=trace,
+                leak_rows=self.config.micro_rows if self.step == self.config.steps else 0,
+                processes=self.processes,
             )
         self.meter.take()
         self.journal.evaluations.append({"step": self.step, **found.to_dict()})
@@ -266,6 +271,8 @@ class Run:
             "max_vio_floor": found.max_vio_floor(self.config.model.top_k),
             "saved": saved,
         }
+        if self.handle is not None and self.handle.courses is not None:
+            result["events"] = [asdict(event) for event in self.handle.events]
         with self.processes.together():
             if self.processes.first:
                 self.folder.write_metrics(self.journal.rows)

@@ -9,10 +9,13 @@ from typing import Any
 
 from equipoise.lab.config import Config
 from equipoise.lab.results import Result
+from equipoise.lab.turns import Turns
 
 Results = Mapping[str, Sequence[Result]]
 """Finished runs by the name of their config, one for each seed."""
 Draw = Callable[[Path], None]
+Measure = Callable[[Path, str, Callable[[str], None]], None]
+"""Of the folder of runs, a tier, and what to tell of progress."""
 
 
 @dataclass
@@ -20,6 +23,10 @@ class Page:
     """An experiment's page under way: Markdown blocks, and figures to draw beside it."""
 
     name: str
+    runs: Path = Path()
+    """The folder of runs, for experiments that keep a file of their own there."""
+    turns: Turns = field(default_factory=lambda: Turns({}, {}))
+    """Step times of the runs' configs, if they were taken."""
     blocks: list[str] = field(default_factory=list)
     figures: dict[str, Draw] = field(default_factory=dict)
 
@@ -40,6 +47,11 @@ class Page:
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
         self.blocks.append("\n".join(lines))
+
+    def step_time(self, run: Result, base: Sequence[Result] | None) -> str:
+        """A step's time over that of `base`, both in turns; a dash where one was not timed."""
+        found = self.turns.ratio(run.config, base[0].config) if base else None
+        return "–" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
 
     def figure(self, name: str, caption: str, draw: Draw) -> None:
         """A figure, drawn to <page>-<name>.svg."""
@@ -63,6 +75,8 @@ class Experiment:
     """The page between its claim and what may not be concluded."""
     limits: tuple[str, ...]
     """What may not be concluded."""
+    measure: Measure | None = None
+    """What is done in place of training runs: its points go to <page>.json in the folder of runs."""
 
 
 def seeded(configs: Sequence[Config], seeds: int) -> list[Config]:

@@ -78,17 +78,17 @@ def write(page: Page, results: Results) -> None:
             "perplexity",
             "MaxVio_global (chance)",
             "MaxVio_batch, first and last tenth",
-            "ms a step, of no balancing",
+            "step time, of no balancing",
             "published: perplexity / MaxVio_global",
         ),
-        [_row(name, runs, results) for name, runs in results.items()],
+        [_row(page, name, list(runs), results) for name, runs in results.items()],
     )
     page.text(
         """Perplexity per token of our vocabulary, mean loss of the domains exponentiated; with several
         seeds, means, and 95 % intervals by Student's t. MaxVio_global of all held-out tokens together,
-        MaxVio_batch of each training step's, both means over layers. Step times are medians of runs
-        that shared a machine with others, and tell apart differences of ten per cent at best;
-        benchmarks.md has them measured in turns."""
+        MaxVio_batch of each training step's, both means over layers. Step times: processor time of the
+        run's first steps over that of the same router without balancing, all taken in turns; median,
+        and half the middle spread."""
     )
     first = {name: runs[0] for name, runs in results.items()}
     page.figure("max-vio", _MAX_VIO, lambda path: _draw_max_vio(first, path))
@@ -101,8 +101,7 @@ _FRONTIER = (
 )
 
 
-def _row(name: str, runs: object, results: Results) -> tuple[str, ...]:
-    found: list[Result] = list(runs)  # type: ignore[call-overload]
+def _row(page: Page, name: str, found: list[Result], results: Results) -> tuple[str, ...]:
     run = found[0]
     loss, half = mean_interval([r.final.loss for r in found])
     spread = "" if np.isnan(half) else f" ± {np.exp(loss) * half:.2f}"
@@ -112,13 +111,12 @@ def _row(name: str, runs: object, results: Results) -> tuple[str, ...]:
     tenth = max(1, len(run.max_vio_batch) // 10)
     begin, end = run.max_vio_batch[:tenth].mean(), run.max_vio_batch[-tenth:].mean()
     plain = results.get(f"{name.partition(',')[0]}, none")
-    ratio = f" ({run.step_seconds / plain[0].step_seconds:.2f} x)" if plain else ""
     return (
         name,
         f"{number(float(np.exp(loss)))}{spread}",
         f"{number(load)}{load_spread} ({number(floor, 3)})",
         f"{number(begin)}, {number(end)} ({number(run.step_floor)})",
-        f"{1000 * run.step_seconds:.0f}{ratio}",
+        page.step_time(run, plain),
         PUBLISHED.get(name, "–"),
     )
 

@@ -1,0 +1,70 @@
+"""Held-out text shared out over processes: the passes of one, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from equipoise.lab import Config, load_corpus
+from equipoise.lab.batches import held_out_rows
+from equipoise.lab.evaluate import ROWS, _dealt, evaluate
+from equipoise.lab.model import LanguageModel
+
+ROUTERS = ("softmax", "base", "expert_choice", "soft")
+
+
+def process(rank: int, count: int, in_step: bool = False, total: Any = None) -> Any:
+    """One of several, as far as an evaluation asks."""
+    return SimpleNamespace(rank=rank, count=count, in_step=in_step, total=total)
+
+
+@pytest.mark.parametrize("in_step", [False, True], ids=["apart", "in step"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_pass_of_one_process_is_made_by_one_of_several(count: int, in_step: bool) -> None:
+    rows = [torch.arange(2 * n).view(n, 2) + 1000 * n for n in (5, 2 * ROWS, 3 * ROWS + 1)]
+    alone = _dealt(rows, None)
+    assert [len(part) for _, part in alone] == [5, ROWS, ROWS, ROWS, ROWS, ROWS, 1]
+    made = [_dealt(rows, process(rank, count, in_step)) for rank in range(count)]
+    if in_step:
+        assert len({len(parts) for parts in made}) == 1
+    together = [(d, part.tolist()) for parts in made for d, part in parts if len(part)]
+    assert sorted(together) == sorted((d, part.tolist()) for d, part in alone)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_shares_of_processes_add_up_to_the_evaluation_of_one(
+    configure: Callable[..., Config], router: str
+) -> None:
+    top_k = {"model__top_k": 1} if router == "base" else {}
+    config = configure(model__router=router, data__held_out_tokens=1500, **top_k)
+    torch.manual_seed(0)
+    model, corpus = LanguageModel(config.model, config.data.vocab_size), load_corpus(config.data)
+    whole = evaluate(model, corpus, 16)
+    shares: list[list[torch.Tensor]] = []
+    for rank in range(2):
+        shares.append([])
+        evaluate(model, corpus, 16, processes=process(rank, 2, True, shares[-1].append))
+    losses_D, sums_DL, counts_DLE = (
+        torch.stack(parts).sum(0) for parts in zip(*shares, strict=True)
+    )
+    assert all(float(share[0].sum()) > 0 for share in shares)
+    assert counts_DLE.tolist() == whole.counts.tolist()
+    assert losses_D.numpy() / whole.tokens == pytest.approx(whole.losses, rel=1e-13)
+    sums = whole.weight_sums * whole.tokens[:, None]
+    assert sums_DL.numpy() == pytest.approx(sums, rel=1e-13)
+    rows = torch.cat([held_out_rows(domain, 16) for domain in corpus.domains])
+    assert whole.tokens.sum() == rows[:, 1:].numel()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_pass_without_rows_counts_nothing(configure: Callable[..., Config], router: str) -> None:
+    top_k = {"model__top_k": 1} if router == "base" else {}
+    config = configure(model__router=router, **top_k)
+    model = LanguageModel(config.model, config.data.vocab_size).eval()
+    none = torch.zeros(0, 16, dtype=torch.long)
+    with torch.no_grad():
+        assert model(none, none, reduction="none").shape == (0,)
