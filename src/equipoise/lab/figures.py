@@ -73,9 +73,17 @@ def lines(
         axis.axhline(floor, color="#888888", linewidth=0.9, linestyle=":", label="chance")
     if log:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
+        few_ticks(axis.yaxis)
     axis.set(title=title, xlabel=x, ylabel=y)
+
+
+def few_ticks(axis: Any) -> None:
+    """A logarithmic axis labelled at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def shares(axis: Any, tokens: ArrayLike, shares_NE: Any, *, title: str) -> None:

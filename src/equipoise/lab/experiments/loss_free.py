@@ -148,6 +148,7 @@ def _draw_frontier(runs: dict[str, Result], path: Path) -> None:
                     xytext=(6, 2), fontsize=7,
                 )  # fmt: skip
     axis.set(xlabel="MaxVio_global", ylabel="held-out loss, nats per token", xscale="log")
+    figures.few_ticks(axis.xaxis)
     figures.save(figure, path)
 
 
