@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from equipoise.capture.load import find_model, load_model
+from equipoise.capture.load import BUNDLED, find_model, load_model
 from equipoise.errors import EquipoiseError
 from tests.capture.mmlu_tools import make_model, make_tokenizer
 
@@ -60,8 +60,9 @@ def test_a_dense_model_loads(tmp_path: Path) -> None:
     assert load_model(str(tmp_path)).model.config.model_type == "llama"
 
 
-def test_the_demo_is_there() -> None:
-    assert (Path(find_model("demo")) / "model.safetensors").stat().st_size < 6_000_000
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_demos_are_there(name: str) -> None:
+    assert (Path(find_model(name)) / "model.safetensors").stat().st_size < 6_000_000
 
 
 @pytest.mark.parametrize(
