@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from scipy import stats
 from equipoise.lab import Config
 from equipoise.lab.evaluate import Evaluation
 from equipoise.lab.results import (
+    Result,
     equivalence,
     identity,
     largest_domain_share,
     mean_interval,
+    settled,
     smooth,
     specialisation,
     starved,
@@ -88,3 +92,12 @@ def test_equivalence_is_an_interval_of_90_percent_inside_the_margin() -> None:
     assert equivalence(differences, high * 1.01) < 0.05 < equivalence(differences, high * 0.99)
     assert equivalence([-d for d in differences], high) == pytest.approx(0.05)
     assert math.isnan(equivalence([0.0], 0.1))
+
+
+@pytest.mark.parametrize(
+    ("loads", "expected"),
+    [([2, 2, 0.1, 0.9, 0.1, 0.1], 4), ([0.1] * 6, 0), ([0.1] * 5 + [0.9], None)],
+)
+def test_a_run_has_settled_when_it_stays_below(loads: list[float], expected: int | None) -> None:
+    run = SimpleNamespace(max_vio_batch=np.array(loads))
+    assert settled(cast(Result, run), 0.5, window=1) == expected

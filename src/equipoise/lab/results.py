@@ -146,6 +146,13 @@ def starved(counts_NLE: NDArray[np.int64], below: float = 0.01, window: int = 10
     return found
 
 
+def settled(run: Result, below: float = 0.5, window: int = 5) -> int | None:
+    """Steps until MaxVio_batch, as a mean of `window` steps, stays below `below`; None if it does not."""
+    high = np.flatnonzero(smooth(run.max_vio_batch, window) >= below)
+    first = int(high[-1]) + 1 if len(high) else 0
+    return first if first < len(run.max_vio_batch) else None
+
+
 def smooth(values: Values, window: int) -> Values:
     """Running mean over the last `window` values (fewer at the beginning)."""
     sums = np.cumsum(np.insert(values, 0, 0.0))

@@ -11,7 +11,7 @@ from equipoise.lab import figures
 from equipoise.lab.config import Config
 from equipoise.lab.experiments import frontier
 from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
-from equipoise.lab.results import Result, mean_interval
+from equipoise.lab.results import Result, mean_interval, settled, smooth
 
 CANDIDATES = {
     "quantile, ema 0.9": "quantile(ema=0.9)",
@@ -66,13 +66,6 @@ def write(page: Page, results: Results) -> None:
 _OVER_TIME = "MaxVio of each step's tokens over training, mean of the last 10 steps (seed 0)."
 
 
-def settled(run: Result, below: float = 0.5) -> int | None:
-    """The first step from which MaxVio_batch stays below `below`; None if it does not."""
-    high = np.flatnonzero(run.max_vio_batch >= below)
-    first = int(high[-1]) + 1 if len(high) else 0
-    return first if first < len(run.max_vio_batch) else None
-
-
 def _settled(runs: Sequence[Result]) -> str:
     found = [settled(run) for run in runs]
     kept = [step for step in found if step is not None]
@@ -112,8 +105,6 @@ def _against(mine: Sequence[Result], leaders: Mapping[str, Sequence[Result]]) ->
 
 
 def _draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
-    from equipoise.lab.results import smooth
-
     figure, axes = figures.canvas(len(by_experts), width=9.0, height=4.2)
     for axis, (experts, methods) in zip(axes[0], by_experts.items(), strict=True):
         curves = {
