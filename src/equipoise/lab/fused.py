@@ -46,40 +46,68 @@ class _RMSNorm(torch.autograd.Function):
         return grad, grad_D, None
 
 
-def rotated(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Heads turned by their positions' angles (Su et al., arXiv 2104.09864).
+def rotary_heads(
+    joint_BSR: Tensor, cos_SC: Tensor, sin_SC: Tensor, *, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, S, C], keys and values [B, KV, S, C] of a joint projection, R = (H + 2 KV) C.
 
-    Pairs are the halves of a head: element i turns with element i + C / 2; cos and sin hold each angle
-    twice.
+    Queries and keys are turned by their positions' angles (Su et al., arXiv 2104.09864): pairs are the
+    halves of a head, element i turns with element i + C / 2; cos and sin hold each angle twice.
     """
-    if _worthwhile(x_BHSC):
-        fast: Tensor = _Turned.apply(x_BHSC, cos_SC, sin_SC)  # type: ignore[no-untyped-call]
+    if _worthwhile(joint_BSR):
+        fast: tuple[Tensor, Tensor, Tensor] = _RotaryHeads.apply(  # type: ignore[no-untyped-call]
+            joint_BSR, cos_SC, sin_SC, heads, kv_heads
+        )
         return fast
+    query, key, value = _split(joint_BSR, cos_SC.shape[1], heads, kv_heads)
+    return _rotated(query, cos_SC, sin_SC), _rotated(key, cos_SC, sin_SC), value
+
+
+def _split(joint_BSR: Tensor, width: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """Views [B, heads, S, C] of queries, keys and values."""
+    rows, length, _ = joint_BSR.shape
+    joint_BHSC = joint_BSR.view(rows, length, heads + 2 * kv_heads, width).transpose(1, 2)
+    return torch.split(joint_BHSC, [heads, kv_heads, kv_heads], dim=1)
+
+
+def _rotated(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
     first, second = x_BHSC.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x_BHSC * cos_SC + turned * sin_SC).to(x_BHSC.dtype)
 
 
-class _Turned(torch.autograd.Function):
-    """`rotated`, whose backward pass turns back."""
+class _RotaryHeads(torch.autograd.Function):
+    """`rotary_heads`, whose backward pass turns back into one gradient, without sums of padded parts."""
 
     @staticmethod
-    def forward(ctx: Any, x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, joint_BSR: Tensor, cos_SC: Tensor, sin_SC: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos_SC, sin_SC)
-        return _turn(x_BHSC, cos_SC, sin_SC)
+        ctx.counts = heads, kv_heads
+        query, key, value = _split(joint_BSR, cos_SC.shape[1], heads, kv_heads)
+        turned = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+        outs = [_turn(x, cos_SC, sin_SC, out) for x, out in zip((query, key), turned, strict=True)]
+        return outs[0], outs[1], value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_SC, sin_SC = ctx.saved_tensors
-        return _turn(grads[0], cos_SC, -sin_SC), None, None
+        heads, kv_heads = ctx.counts
+        rows, _, length, width = grads[0].shape
+        grad_BSR = grads[0].new_empty(rows, length, (heads + 2 * kv_heads) * width)
+        query, key, value = _split(grad_BSR, width, heads, kv_heads)
+        _turn(grads[0], cos_SC, -sin_SC, query)
+        _turn(grads[1], cos_SC, -sin_SC, key)
+        value.copy_(grads[2])
+        return grad_BSR, None, None, None, None
 
 
-def _turn(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+def _turn(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor, out_BHSC: Tensor) -> Tensor:
     half = x_BHSC.shape[-1] // 2
     first, second = x_BHSC[..., :half], x_BHSC[..., half:]
     cos, sin = cos_SC[:, :half], sin_SC[:, :half]
-    out_BHSC = x_BHSC.new_empty(x_BHSC.shape)
     torch.mul(first, cos, out=out_BHSC[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_BHSC[..., half:]).addcmul_(first, sin)
     return out_BHSC

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from equipoise.lab.config import ModelConfig
-from equipoise.lab.fused import RMSNorm, rotated
+from equipoise.lab.fused import RMSNorm, rotary_heads
 from equipoise.lab.loss import linear_cross_entropy
 from equipoise.lab.routers import make_capacity, make_router, soft_slots
 from equipoise.lab.terms import one
@@ -34,12 +34,9 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
         """Attention's output [B, S, D]."""
-        rows, length, _ = hidden_BSD.shape
-        count = self.heads + 2 * self.kv_heads
-        heads = self.qkv_proj(hidden_BSD).view(rows, length, count, self.width).transpose(1, 2)
-        turned = rotated(heads[:, : -self.kv_heads], cos_SC, sin_SC)
-        query, key = turned[:, : self.heads], turned[:, self.heads :]
-        value = heads[:, -self.kv_heads :]
+        query, key, value = rotary_heads(
+            self.qkv_proj(hidden_BSD), cos_SC, sin_SC, heads=self.heads, kv_heads=self.kv_heads
+        )
         mixed_BHSC = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=self.kv_heads != self.heads
         )
