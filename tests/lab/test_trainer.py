@@ -385,3 +385,19 @@ def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("router", "balance"),
+    [
+        ("sigmoid", "sign(rate=cosine(start=0.02, end=0.0005, steps=6))"),
+        ("mixtral", "switch(scope=global, weight=cosine(start=0.1, end=0.01, steps=6))"),
+    ],
+)
+def test_recommended_is_what_the_model_can_keep(
+    configure: Configure, tmp_path: Path, router: str, balance: str
+) -> None:
+    for name, text in (("named", "recommended"), ("spelt", balance), ("none", "none")):
+        train(configure(model__router=router, balance=text), tmp_path / name)
+    assert same_weights(tmp_path / "named", tmp_path / "spelt")
+    assert not same_weights(tmp_path / "named", tmp_path / "none")

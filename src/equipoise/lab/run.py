@@ -77,7 +77,7 @@ class Run:
             torch.manual_seed(config.seed + 1 + processes.rank)
 
     def _balanced(self) -> Handle | None:
-        terms = balancing(self.config.balance)
+        terms = balancing(self.config.balance, self.model, self.config.steps)
         if not terms:
             return None
         try:

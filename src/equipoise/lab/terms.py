@@ -13,13 +13,18 @@ import keyword
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import EquipoiseError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WORDS = "|".join(set(keyword.kwlist) - {"True", "False", "None"})
 _KEYWORD = re.compile(rf"(?<![\w'\"])({_WORDS})(?![\w'\"])")
 """Words that are Python's, such as `global`, may be values too."""
+RECOMMENDED = "recommended"
+"""As a whole line: what `equipoise.balance.recommended` gives the model."""
 Value = Any
 """A number, string, bool, None, or another `Call`."""
 
@@ -132,8 +137,15 @@ def options_of(maker: Callable[..., Any]) -> list[str]:
     return list(dict.fromkeys([*named, *(options_of(inner) if inner is not None else [])]))
 
 
-def balancing(text: str) -> list[Any]:
-    """The terms for `equipoise.balance.attach` that a line names; EquipoiseError for two of a kind."""
+def balancing(text: str, model: nn.Module | None = None, steps: int = 1) -> list[Any]:
+    """The terms for `equipoise.balance.attach` that a line names; EquipoiseError for two of a kind.
+
+    "recommended" names what `model` can keep, falling over `steps`; none where no model is given.
+    """
+    if text.strip() == RECOMMENDED:
+        from equipoise.balance import recommended
+
+        return [] if model is None else list(recommended(model, steps=steps))
     terms = [make(call, _terms(), "balancing term") for call in parse(text)]
     if terms:
         from equipoise.balance.arguments import sorted_terms
