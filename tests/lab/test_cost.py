@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.errors import EquipoiseError
-from equipoise.lab import Config, pages, timing
-from equipoise.lab.costs import (
+from equipoise.lab import Config, pages
+from equipoise.lab.cost import lines, timing
+from equipoise.lab.cost.imposed import Imposed, counts_of, impose, profiles
+from equipoise.lab.cost.model import (
     Line,
     busiest,
     busiest_by_chance,
@@ -25,11 +27,10 @@ from equipoise.lab.costs import (
     interval,
     one_hot,
 )
-from equipoise.lab.experiments import EXPERIMENTS, cost, cost_devices, cost_lines
-from equipoise.lab.imposed import Imposed, counts_of, impose, profiles
+from equipoise.lab.cost.points import Points, Sizes
+from equipoise.lab.experiments import EXPERIMENTS, cost, cost_devices
 from equipoise.lab.meter import Meter
 from equipoise.lab.model import LanguageModel
-from equipoise.lab.points import Points, Sizes
 from equipoise.metrics import load
 from tests.lab.made_up import SMALL
 
@@ -285,13 +286,13 @@ def made_up(path: Path, rounds: int = 6, noise: float = 0.0) -> Points:
     points = Points.begin(path, small(), "cpu", profiles(8, 2))
     rng = np.random.default_rng(0)
     for name in points.profiles:
-        rows = cost_lines.device_rows(points, name)
+        rows = lines.device_rows(points, name)
         peak = [int(1_000_000 + 1000 * value) for value in rows]
         points.sizes[name] = Sizes(peak, [[0, 5], [5, 0]], [3, 4], [7, 7])
     for _ in range(rounds):
         turns = {}
         for name in points.profiles:
-            each_P = 0.1 + 1e-4 * cost_lines.device_rows(points, name)
+            each_P = 0.1 + 1e-4 * lines.device_rows(points, name)
             walls = each_P.max() + noise * abs(rng.normal(size=3))
             turns[name] = [[float(wall), *(each_P / 2).tolist()] for wall in walls]
         points.rounds.append(turns)
@@ -301,8 +302,8 @@ def made_up(path: Path, rounds: int = 6, noise: float = 0.0) -> Points:
 
 def table(text: str, heading: str) -> Iterator[list[str]]:
     part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    lines = [line for line in part.splitlines() if line.startswith("| ")]
-    return ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:])
+    rows = [line for line in part.splitlines() if line.startswith("| ")]
+    return ([cell.strip() for cell in line.strip("|").split("|")] for line in rows[1:])
 
 
 def test_points_come_back_as_written(tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_points_come_back_as_written(tmp_path: Path) -> None:
 
 
 def test_the_lines_are_those_that_the_points_were_made_of(tmp_path: Path) -> None:
-    found = cost_lines.Lines.of(made_up(tmp_path / "cost.json"))
+    found = lines.Lines.of(made_up(tmp_path / "cost.json"))
     assert (found.time.base, found.time.slope) == pytest.approx((0.1, 1e-4))
     assert (found.memory.base, found.memory.slope) == pytest.approx((1e6, 1e3))
     assert found.fair == 2 * 2 * 16 * 2  # layers with experts, rows of text, tokens, top-2

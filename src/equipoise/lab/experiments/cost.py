@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from equipoise.errors import EquipoiseError
-from equipoise.lab import timing
 from equipoise.lab.config import Config
-from equipoise.lab.costs import busiest, interval
-from equipoise.lab.experiments import cost_devices, cost_figures
+from equipoise.lab.cost import figures, timing
+from equipoise.lab.cost.imposed import profiles
+from equipoise.lab.cost.lines import BALANCED, FITTED, Lines, device_rows
+from equipoise.lab.cost.model import busiest, interval
+from equipoise.lab.cost.points import DEVICES, Points
+from equipoise.lab.experiments import cost_devices
 from equipoise.lab.experiments.base import Experiment, Page, Results, number
-from equipoise.lab.experiments.cost_lines import BALANCED, FITTED, Lines, device_rows
-from equipoise.lab.imposed import profiles
-from equipoise.lab.points import DEVICES, Points
 from equipoise.lab.recipes import gpu, small
 
 ROUNDS = 16
@@ -64,7 +64,7 @@ def write(page: Page, _: Results) -> None:
     _setup(page, points)
     _times(page, found)
     _memory(page, found)
-    page.figure("points", _POINTS, lambda out: cost_figures.draw_points(found, out))
+    page.figure("points", _POINTS, lambda out: figures.draw_points(found, out))
     cost_devices.write(page, found.share())
 
 

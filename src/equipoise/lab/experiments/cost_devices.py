@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from equipoise.lab.costs import busiest, busiest_by_chance, one_hot
-from equipoise.lab.experiments import collapse, cost_figures
+from equipoise.lab.cost import figures
+from equipoise.lab.cost.model import busiest, busiest_by_chance, one_hot
+from equipoise.lab.experiments import collapse
 from equipoise.lab.experiments.base import Page, number
 from equipoise.lab.results import Result
 from equipoise.metrics import floors, load
@@ -90,7 +91,7 @@ def write(page: Page, share: tuple[float, float, float]) -> None:
     if missing:
         text += f" Not finished here: {', '.join(missing)}."
     page.text(text)
-    page.figure("devices", _CAPTION, lambda path: cost_figures.draw_devices(found, share[0], path))
+    page.figure("devices", _CAPTION, lambda path: figures.draw_devices(found, share[0], path))
 
 
 _CAPTION = """What the line says for N devices: times the step of balance, from the load of the busiest

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
+from equipoise.lab.cost.imposed import counts_of
 from equipoise.lab.folder import environment, write_text
-from equipoise.lab.imposed import counts_of
 from equipoise.metrics import load
 
 DEVICES = 2

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
-from equipoise.lab.imposed import impose
+from equipoise.lab.cost.imposed import impose
+from equipoise.lab.cost.points import DEVICES, Points, Sizes
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.optim import make_optimizer
-from equipoise.lab.points import DEVICES, Points, Sizes
 from equipoise.lab.processes import Processes
 
 Say = Callable[[str], None]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equipoise.lab import figures
-from equipoise.lab.costs import busiest, interval
-from equipoise.lab.points import DEVICES
+from equipoise.lab.cost.model import busiest, interval
+from equipoise.lab.cost.points import DEVICES
 
 if TYPE_CHECKING:
+    from equipoise.lab.cost.lines import Lines
     from equipoise.lab.experiments.cost_devices import Load
-    from equipoise.lab.experiments.cost_lines import Lines
 
 APART = 0.02
 """Between points of equal load, so that both are seen."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.lab.costs import Line, device_loads, fitted, interval
-from equipoise.lab.points import DEVICES, Points
+from equipoise.lab.cost.model import Line, device_loads, fitted, interval
+from equipoise.lab.cost.points import DEVICES, Points
 
 FITTED = ("50 %, even", "75 %, even", "100 %, even")
 """Profiles that lines are fitted to; the others check them."""

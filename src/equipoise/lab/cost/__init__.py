@@ -1,0 +1,1 @@
+"""What imbalance costs under expert parallelism: imposed loads, what is measured, and the line through it."""
