@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import equipoise
+from tests.signals import heed_ctrl_c
 
 ARGUMENTS = ["trace", "demo", "--data", "bundled", "--limit", "4", "--shots", "1"]
 
@@ -19,7 +20,10 @@ ARGUMENTS = ["trace", "demo", "--data", "bundled", "--limit", "4", "--shots", "1
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "equipoise", *ARGUMENTS, "-o", "t", "--threads", "1", *more]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

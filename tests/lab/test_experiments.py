@@ -19,6 +19,7 @@ from equipoise.lab.grid import Grid, missing
 from equipoise.lab.results import Result, folder_of, identity
 from equipoise.lab.trainer import train
 from tests.lab.made_up import SMALL
+from tests.signals import heed_ctrl_c
 
 GRIDS = [name for name, experiment in EXPERIMENTS.items() if experiment.measure is None]
 TINY = {**SMALL, "model.experts": 16, "data.domains": "", "tokens": 8 * 16 * 22}
@@ -100,7 +101,9 @@ def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
     (tmp_path / "grid.py").write_text(GRID)
     pool = tmp_path / "stopped"
     command = [sys.executable, "grid.py", "config.json", str(pool)]
-    stopped = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    stopped = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     while not list(pool.glob("*/checkpoint-*")) and stopped.poll() is None:
         time.sleep(0.02)
     stopped.send_signal(signal.SIGINT)

@@ -132,7 +132,7 @@ def test_a_loss_of_nan_stops_the_run_names_the_weight_and_keeps_the_checkpoint(
 
     config = configure(checkpoint_seconds=0, balance="switch + sign")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "_step", poisoned("blocks.1.mlp.gate.weight", 4))
+        patch.setattr(trainer.Run, "advance", poisoned("blocks.1.mlp.gate.weight", 4))
         with pytest.raises(EquipoiseError) as stop:
             train(config, tmp_path / "a")
     assert "step 5: the loss is nan; the weight blocks.1.mlp.gate.weight is not finite" in str(
@@ -157,7 +157,7 @@ def test_an_output_that_overflows_names_its_layer(
                 run.plain.blocks[1].mlp.experts.inner_proj.fill_(1e25)
         taken(run)
 
-    monkeypatch.setattr(trainer.Run, "_step", step)
+    monkeypatch.setattr(trainer.Run, "advance", step)
     with pytest.raises(EquipoiseError, match=r"blocks\.1\.mlp\.experts \(Experts\) went first"):
         train(configure(), tmp_path / "a")
 
