@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -129,16 +130,31 @@ class Book(Losses, Rows):
             )
 
     def _refuse_one_more(self) -> None:
-        """A step that never ends would weigh its losses wrongly: EquipoiseError at once."""
-        if self.previewing or not self.losses or self.scaler is not None:
+        """A step that never ends would weigh its losses wrongly: EquipoiseError at once.
+
+        Without losses it may have any number of micro-batches; where none has ever ended, a warning.
+        """
+        if self.previewing or self.scaler is not None or self.passes < self.accumulation:
             return
-        if self.passes >= self.accumulation:
+        if not self.losses:
+            self._warn_of_no_end()
+        else:
             raise EquipoiseError(
                 f"Micro-batch {self.passes + 1} of an optimizer step begins, but accumulation="
                 f"{self.accumulation}. End each step: give attach() the optimizer, or call "
                 "handle.step() before its step, or use BalanceCallback; set accumulation= where a "
                 "step has more micro-batches; handle.discard() forgets those of a step that was "
                 "skipped."
+            )
+
+    def _warn_of_no_end(self) -> None:
+        if self.step == 0 and self.passes == self.accumulation:
+            warnings.warn(
+                f"Micro-batch {self.passes + 1} begins, and no balancing step has ended: nothing is "
+                "balanced or measured before one does. Give attach() the optimizer, or call "
+                "handle.step() before its step, or use BalanceCallback; where a step has several "
+                "micro-batches, set accumulation=.",
+                stacklevel=2,
             )
 
     def heard(self, layer: Layer, record: Record, routing: Routing) -> None:

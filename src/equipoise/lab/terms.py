@@ -146,6 +146,11 @@ def balancing(text: str, model: nn.Module | None = None, steps: int = 1) -> list
         from equipoise.balance import recommended
 
         return [] if model is None else list(recommended(model, steps=steps))
+    if any(call.name == RECOMMENDED for call in parse(text)):
+        raise EquipoiseError(
+            f"balance={text!r}: {RECOMMENDED} stands by itself and takes no options; its strength falls "
+            "over the steps of the run."
+        )
     terms = [make(call, _terms(), "balancing term") for call in parse(text)]
     if terms:
         from equipoise.balance.arguments import sorted_terms

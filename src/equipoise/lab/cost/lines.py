@@ -26,8 +26,6 @@ class Lines:
     """Seconds over rows."""
     memory: Line
     """Bytes over rows."""
-    by_max_vio: Line
-    """Seconds over MaxVio of the experts, for comparison."""
 
     @classmethod
     def of(cls, points: Points) -> Lines:
@@ -36,8 +34,7 @@ class Lines:
         x = [rows[name] for name in FITTED]
         seconds = [float(np.median(points.seconds(name))) for name in FITTED]
         peaks = [float(max(points.sizes[name].peak_bytes)) for name in FITTED]
-        vio = [points.max_vio(name) for name in FITTED]
-        return cls(points, rows, Line.fit(x, seconds), Line.fit(x, peaks), Line.fit(vio, seconds))
+        return cls(points, rows, Line.fit(x, seconds), Line.fit(x, peaks))
 
     @property
     def fair(self) -> float:

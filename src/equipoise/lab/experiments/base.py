@@ -43,7 +43,9 @@ class Page:
         self.blocks.append("\n".join(f"- {' '.join(item.split())}" for item in items))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table; numbers come as texts."""
+        """A table; numbers come as texts. Columns of dashes alone, not measured, are left out."""
+        kept = [n for n, _ in enumerate(head) if any(str(row[n]) != "–" for row in rows)]
+        head, rows = [head[n] for n in kept], [[row[n] for n in kept] for row in rows]
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
         self.blocks.append("\n".join(lines))

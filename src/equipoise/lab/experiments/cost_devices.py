@@ -77,7 +77,7 @@ def write(page: Page, share: tuple[float, float, float]) -> None:
     )
     page.table(
         ("load", "MaxVio of the experts", *(f"N = {n}" for n in DEVICES)),
-        [_row(entry, share[0]) for entry in found],
+        [_row(entry, share) for entry in found],
     )
     text = """Each cell: load of the busiest device, then times the balanced step. A dash: the devices
     do not divide the experts."""
@@ -95,14 +95,15 @@ def write(page: Page, share: tuple[float, float, float]) -> None:
 
 
 _CAPTION = """What the line says for N devices: times the step of balance, from the load of the busiest
-device (not measured beyond two)."""
+device, without the intervals of the table (not measured beyond two)."""
 
 
-def _row(entry: Load, share: float) -> tuple[str, ...]:
-    cells = [
-        f"{entry.ratios[n]:.2f} → {1 + share * (entry.ratios[n] - 1):.2f}"
-        if n in entry.ratios
-        else "–"
-        for n in DEVICES
-    ]
+def _row(entry: Load, share: tuple[float, float, float]) -> tuple[str, ...]:
+    cells = []
+    for n in DEVICES:
+        if n not in entry.ratios:
+            cells.append("–")
+            continue
+        times, low, high = (1 + part * (entry.ratios[n] - 1) for part in share)
+        cells.append(f"{entry.ratios[n]:.1f} → {times:.1f} [{low:.1f}, {high:.1f}]")
     return (entry.name, number(entry.max_vio), *cells)

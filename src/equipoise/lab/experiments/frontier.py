@@ -265,8 +265,7 @@ EXPERIMENT = Experiment(
         loss and balance still fight for the same gradient steps;""",
         """anything from single seeds: rows with one seed place a method on the picture, they do not order
         it;""",
-        """that balancing costs loss: runs this short favour few experts that see many tokens each, which
-        turns at more tokens (OLMoE, arXiv 2409.02060, at 10 B tokens);""",
+        """that balance lowers the loss, or raises it, in longer runs;""",
         """effects of the softmax router, of capacity, or of expert parallelism.""",
     ),
 )
