@@ -77,10 +77,10 @@ class Run:
             torch.manual_seed(config.seed + 1 + processes.rank)
 
     def _balanced(self) -> Handle | None:
-        terms = balancing(self.config.balance, self.model, self.config.steps)
-        if not terms:
-            return None
         try:
+            terms = balancing(self.config.balance, self.model, self.config.steps)
+            if not terms:
+                return None
             return attach(
                 self.model,
                 *terms,
