@@ -64,11 +64,18 @@ def lines(
     y: str,
     floor: float | None = None,
     log: bool = False,
+    names: Sequence[str] = (),
 ) -> None:
-    """One line a name; `floor` is drawn as what chance gives."""
-    for number, (name, (xs, ys)) in enumerate(curves.items()):
+    """One line a name; `floor` is drawn as what chance gives.
+
+    names: of all panels of the figure, so that one name has one colour in each.
+    """
+    order = list(dict.fromkeys([*names, *curves]))
+    for name, (xs, ys) in curves.items():
+        number = order.index(name)
+        colour = COLOURS[number % len(COLOURS)]
         dashes = "-" if number < 5 else "--"  # so that near colours can be told apart
-        axis.plot(np.asarray(xs), np.asarray(ys), dashes, label=name, linewidth=1.4)
+        axis.plot(np.asarray(xs), np.asarray(ys), dashes, color=colour, label=name, linewidth=1.4)
     if floor is not None:
         axis.axhline(floor, color="#888888", linewidth=0.9, linestyle=":", label="chance")
     if log:
@@ -112,7 +119,11 @@ def _many(count: int) -> Sequence[Any]:
     return list(colours)
 
 
-def legend(figure: Any, axis: Any, columns: int = 4) -> None:
-    """One legend below all axes."""
-    handles, names = axis.get_legend_handles_labels()
+def legend(figure: Any, axes: Any, columns: int = 4) -> None:
+    """One legend below all axes, each name once."""
+    found: dict[str, Any] = {}
+    for axis in np.atleast_1d(axes):
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    handles, names = list(found.values()), list(found)
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8)

@@ -236,7 +236,7 @@ def draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -
         axis.set(title=f"{experts} experts", xlabel="MaxVio_global", xscale="log")
         figures.few_ticks(axis.xaxis)
     axes[0, 0].set_ylabel(f"loss less {REFERENCE}, nats")
-    figures.legend(figure, max(axes[0], key=lambda a: len(a.get_legend_handles_labels()[0])))
+    figures.legend(figure, axes[0])
     figures.save(figure, path)
 
 

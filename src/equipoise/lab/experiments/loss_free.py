@@ -181,6 +181,7 @@ def _row(page: Page, name: str, found: list[Result], results: Results) -> tuple[
 
 def _draw_max_vio(runs: dict[str, Result], path: Path) -> None:
     routers = sorted({name.partition(",")[0] for name in runs})
+    methods = [name.partition(", ")[2] for name in runs]
     figure, axes = figures.canvas(len(routers), height=4.2)
     for axis, router in zip(axes[0], routers, strict=True):
         mine = {n.partition(", ")[2]: r for n, r in runs.items() if n.startswith(router)}
@@ -188,9 +189,9 @@ def _draw_max_vio(runs: dict[str, Result], path: Path) -> None:
         floor = next(iter(mine.values())).step_floor
         figures.lines(
             axis, curves, title=f"{router} router", x="million tokens", y="MaxVio_batch",
-            floor=floor, log=True,
+            floor=floor, log=True, names=methods,
         )  # fmt: skip
-    figures.legend(figure, axes[0, 0])
+    figures.legend(figure, axes[0])
     figures.save(figure, path)
 
 

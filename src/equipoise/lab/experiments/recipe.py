@@ -111,6 +111,7 @@ def _against(mine: Sequence[Result], leaders: Mapping[str, Sequence[Result]]) ->
 
 def _draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
     figure, axes = figures.canvas(len(by_experts), width=9.0, height=4.2)
+    names = [name for methods in by_experts.values() for name in methods]
     for axis, (experts, methods) in zip(axes[0], by_experts.items(), strict=True):
         curves = {
             n: (r[0].tokens / 1e6, smooth(r[0].max_vio_batch, 10)) for n, r in methods.items()
@@ -118,9 +119,9 @@ def _draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) 
         floor = next(iter(methods.values()))[0].step_floor
         figures.lines(
             axis, curves, title=f"{experts} experts", x="million tokens", y="MaxVio_batch",
-            floor=floor, log=True,
+            floor=floor, log=True, names=names,
         )  # fmt: skip
-    figures.legend(figure, axes[0, 0])
+    figures.legend(figure, axes[0])
     figures.save(figure, path)
 
 
