@@ -126,18 +126,18 @@ def findings(results: Results) -> list[str]:
 
 
 def _compared(router: str, biases: dict[str, Result], losses: dict[str, Result]) -> str:
-    told = []
+    told, best = [], []
     for kind, runs in (("bias", biases), ("auxiliary loss", losses)):
         name, run = min(runs.items(), key=lambda item: item[1].final.max_vio)
         perplexity = number(float(np.exp(run.final.loss)))
         told.append(f"the most even {kind}, {name}, has {run.final.max_vio:.2f} at {perplexity}")
-    evener = min(r.final.max_vio for r in biases.values()) < min(
-        r.final.max_vio for r in losses.values()
-    )
+        best.append(run.final)
+    bias, loss = best
     return (
-        f"{router.capitalize()} router, MaxVio_global and perplexity: {told[0]}; {told[1]}. That a bias "
-        f"balances better {'shows' if evener else 'does not show'} here, within the strengths that were "
-        "run and in one seed."
+        f"{router.capitalize()} router, MaxVio_global and perplexity: {told[0]}; {told[1]}: the bias is "
+        f"{'more' if bias.max_vio < loss.max_vio else 'less'} even, at a "
+        f"{'lower' if bias.loss < loss.loss else 'higher'} perplexity, in one seed and within the "
+        "strengths that were run."
     )
 
 
