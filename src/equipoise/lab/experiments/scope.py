@@ -133,10 +133,15 @@ def findings(results: Results) -> list[str]:
             f"Specialisation by the rows that are balanced over: {told}. It "
             f"{'rises' if rises else 'does not rise'} with every step of size."
         )
-    found += _against(special, "micro 8", "global", "That a global loss lets experts specialise")
+    found += _against(
+        special, "micro 8", "global", "That a global loss lets experts specialise more"
+    )
     control = "micro 8, mixed domains (shuffle control)"
     found += _against(
-        special, "micro 8", control, "That diversity, not number, counts, as the shuffle shows,"
+        special,
+        "micro 8",
+        control,
+        "That the diversity of the tokens counts (specialisation; shuffle control)",
     )
     found += _against(
         {n: run.final.max_vio for n, run in first.items()}, "sign bias, global", "sign bias, micro",
