@@ -13,6 +13,7 @@ import torch
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load, train
+from equipoise.lab.experiments.recipe import CANDIDATES
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
 from equipoise.lab.trainer import Progress
@@ -390,8 +391,8 @@ def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("router", "balance"),
     [
-        ("sigmoid", "sign(rate=cosine(start=0.02, end=0.0005, steps=6))"),
-        ("mixtral", "switch(scope=global, weight=cosine(start=0.1, end=0.01, steps=6))"),
+        ("sigmoid", CANDIDATES["sign, decaying"].format(steps=6)),
+        ("mixtral", CANDIDATES["switch, decaying"].format(steps=6)),
     ],
 )
 def test_recommended_is_what_the_model_can_keep(

@@ -12,8 +12,8 @@ from equipoise.balance.terms import Bias, Loss
 from equipoise.errors import EquipoiseError
 from equipoise.models.scan import Scan
 
-BOUNDED = ("sigmoid", "sqrtsoftplus")
-"""Score functions whose scores do not shrink with the number of experts, as a bias's rate takes."""
+INDEPENDENT = ("sigmoid", "sqrtsoftplus")
+"""Score functions of each expert by itself, whose scores do not shrink with the number of experts."""
 
 
 def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ...]:
@@ -25,7 +25,7 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
     router has a selection bias of its own on sigmoid scores (DeepSeek-V3, GLM-4 MoE, ...) gets that bias
     moved by `Sign`, its rate falling from 0.02 to 0.0005 by a cosine; the bias stays in its checkpoints.
     The others would lose a bias when they are saved: they get the Switch loss over the global batch,
-    its weight falling from 0.1 to 0.01. docs/lab/recipe.md has what this rests on, and its limits.
+    its weight falling from 0.1 to 0.01. Provisional: docs/balance.md says what this rests on.
 
     Raises EquipoiseError for a model without routers, and for steps below 1.
     """
@@ -36,6 +36,6 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
         )
     scan = Scan(model)
     sites = sites_of(model, None)
-    if all(s.score_function in BOUNDED and own_bias(s, holders(scan, s)) for s in sites):
+    if all(s.score_function in INDEPENDENT and own_bias(s, holders(scan, s)) for s in sites):
         return (Bias(Sign(rate=cosine(start=0.02, end=0.0005, steps=steps))),)
     return (Loss("switch", scope="global", weight=cosine(start=0.1, end=0.01, steps=steps)),)

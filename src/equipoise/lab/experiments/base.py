@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.results import Result
+from equipoise.lab.results import Result, smooth
 from equipoise.lab.turns import Turns
 
 Results = Mapping[str, Sequence[Result]]
@@ -55,6 +56,14 @@ class Page:
         found = self.turns.ratio(run.config, base[0].config) if base else None
         return "–" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
 
+    def step_times(self, base: str) -> None:
+        """What the column of step times says; nothing where none were taken."""
+        if self.turns.seconds:
+            self.text(
+                f"""Step times: processor time of a run's first steps over that of {base}, all taken in
+                turns; median, and half the middle spread."""
+            )
+
     def figure(self, name: str, caption: str, draw: Draw) -> None:
         """A figure, drawn to <page>-<name>.svg."""
         file = f"{self.name}-{name}.svg"
@@ -79,6 +88,23 @@ class Experiment:
     """What may not be concluded."""
     measure: Measure | None = None
     """What is done in place of training runs: its points go to <page>.json in the folder of runs."""
+
+
+def draw_load(
+    panels: Mapping[str, Mapping[str, Result]], path: Path, *, window: int, width: float = 8.0
+) -> None:
+    """MaxVio_batch over training, mean of `window` steps: a panel for each title, a line a run."""
+    figure, axes = figures.canvas(len(panels), width=width, height=4.2)
+    names = [name for runs in panels.values() for name in runs]
+    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+        curves = {n: (r.tokens / 1e6, smooth(r.max_vio_batch, window)) for n, r in runs.items()}
+        floor = next(iter(runs.values())).step_floor
+        figures.lines(
+            axis, curves, title=title, x="million tokens", y="MaxVio_batch",
+            floor=floor, log=True, names=names,
+        )  # fmt: skip
+    figures.legend(figure, axes[0])
+    figures.save(figure, path)
 
 
 def seeded(configs: Sequence[Config], seeds: int) -> list[Config]:

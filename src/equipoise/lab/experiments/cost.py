@@ -221,10 +221,9 @@ three filled points; points with one hot expert are drawn a little to the right 
 EXPERIMENT = Experiment(
     "cost",
     "What imbalance costs",
-    """Published (DeepSeekMoE, arXiv 2401.06066, section 3.3): against bottlenecks of computation,
-    strict balance of the experts is not needed; the work of the devices has to be balanced, and so it
-    has a loss over groups of experts, one for each device. What imbalance costs in time and memory is
-    not given there.""",
+    """Published (DeepSeekMoE, arXiv 2401.06066, section 3.3): beside the balance of the experts, that
+    of the devices has a loss of its own, over groups of experts, one for each device. What imbalance
+    costs in time and memory is not given there.""",
     lambda tier, seeds: [],
     write,
     (

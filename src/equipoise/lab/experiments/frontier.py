@@ -107,6 +107,7 @@ def write(page: Page, results: Results) -> None:
         page.heading(f"{experts} experts")
         page.table(HEAD, [row(page, name, runs, methods) for name, runs in methods.items()])
     page.text(READING)
+    page.step_times("`none`")
     page.figure("frontier", CAPTION, lambda path: draw(by_experts, path))
     page.heading("Findings")
     page.bullets(*findings(by_experts))
@@ -116,8 +117,7 @@ READING = f"""Differences are to `{REFERENCE}` of the same seed, whose runs see 
 with the same weights; with several seeds, means and 95 % intervals by Student's t. Equivalent: two
 one-sided t-tests both reject, at 5 %, that the difference is as large as {MARGIN} nats. MaxVio_batch of
 each training step's tokens, mean over the last tenth of the steps. Chance: what uniform routing of as many
-tokens gives. Step times: processor time of the first steps over that of `none`, all taken in turns; median,
-and half the middle spread."""
+tokens gives."""
 CAPTION = f"""Held-out loss less that of `{REFERENCE}` with the same seed, against MaxVio_global. Lines
 join the strengths of a method; bars are 95 % intervals over the seeds, where there are several; the band
 is the margin of {MARGIN} nats."""

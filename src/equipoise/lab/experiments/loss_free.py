@@ -8,9 +8,9 @@ import numpy as np
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
+from equipoise.lab.experiments.base import Experiment, Page, Results, draw_load, number, seeded
 from equipoise.lab.recipes import gpu, small
-from equipoise.lab.results import Result, mean_interval, settled, smooth
+from equipoise.lab.results import Result, mean_interval, settled
 
 PUBLISHED = {
     "sigmoid, aux 1e-3": "9.56 / 0.72",
@@ -89,10 +89,9 @@ def write(page: Page, results: Results) -> None:
         seeds, means, and 95 % intervals by Student's t. MaxVio_global of all held-out tokens together,
         MaxVio_batch of each training step's, both means over layers. MaxVio_global may be the larger, though
         its floor is lower: held-out documents are others, and a bias follows the batches that it has just
-        seen. Step times: processor time of the
-        run's first steps over that of the same router without balancing, all taken in turns; median,
-        and half the middle spread."""
+        seen."""
     )
+    page.step_times("the same router without balancing")
     page.bullets(*findings(results))
     first = {name: runs[0] for name, runs in results.items()}
     page.figure("max-vio", _MAX_VIO, lambda path: _draw_max_vio(first, path))
@@ -180,19 +179,13 @@ def _row(page: Page, name: str, found: list[Result], results: Results) -> tuple[
 
 
 def _draw_max_vio(runs: dict[str, Result], path: Path) -> None:
-    routers = sorted({name.partition(",")[0] for name in runs})
-    methods = [name.partition(", ")[2] for name in runs]
-    figure, axes = figures.canvas(len(routers), height=4.2)
-    for axis, router in zip(axes[0], routers, strict=True):
-        mine = {n.partition(", ")[2]: r for n, r in runs.items() if n.startswith(router)}
-        curves = {n: (r.tokens / 1e6, smooth(r.max_vio_batch, 20)) for n, r in mine.items()}
-        floor = next(iter(mine.values())).step_floor
-        figures.lines(
-            axis, curves, title=f"{router} router", x="million tokens", y="MaxVio_batch",
-            floor=floor, log=True, names=methods,
-        )  # fmt: skip
-    figures.legend(figure, axes[0])
-    figures.save(figure, path)
+    panels = {
+        f"{router} router": {
+            n.partition(", ")[2]: r for n, r in runs.items() if n.startswith(router)
+        }
+        for router in sorted({name.partition(",")[0] for name in runs})
+    }
+    draw_load(panels, path, window=20)
 
 
 def _draw_frontier(runs: dict[str, Result], path: Path) -> None:

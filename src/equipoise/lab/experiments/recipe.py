@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from equipoise.lab import figures
 from equipoise.lab.config import Config
 from equipoise.lab.experiments import frontier
-from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
-from equipoise.lab.results import Result, mean_interval, settled, smooth
+from equipoise.lab.experiments.base import Experiment, Page, Results, draw_load, number, seeded
+from equipoise.lab.results import Result, mean_interval, settled
 
 CANDIDATES = {
     "quantile, ema 0.9": "quantile(ema=0.9)",
@@ -58,6 +57,7 @@ def write(page: Page, results: Results) -> None:
             ],
         )
     page.text(frontier.READING)
+    page.step_times("`none`")
     page.figure("frontier", frontier.CAPTION, lambda path: frontier.draw(by_experts, path))
     page.figure("over-time", _OVER_TIME, lambda path: _draw(by_experts, path))
     page.heading("Verdict")
@@ -110,19 +110,11 @@ def _against(mine: Sequence[Result], leaders: Mapping[str, Sequence[Result]]) ->
 
 
 def _draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
-    figure, axes = figures.canvas(len(by_experts), width=9.0, height=4.2)
-    names = [name for methods in by_experts.values() for name in methods]
-    for axis, (experts, methods) in zip(axes[0], by_experts.items(), strict=True):
-        curves = {
-            n: (r[0].tokens / 1e6, smooth(r[0].max_vio_batch, 10)) for n, r in methods.items()
-        }
-        floor = next(iter(methods.values()))[0].step_floor
-        figures.lines(
-            axis, curves, title=f"{experts} experts", x="million tokens", y="MaxVio_batch",
-            floor=floor, log=True, names=names,
-        )  # fmt: skip
-    figures.legend(figure, axes[0])
-    figures.save(figure, path)
+    panels = {
+        f"{experts} experts": {name: runs[0] for name, runs in methods.items()}
+        for experts, methods in by_experts.items()
+    }
+    draw_load(panels, path, window=10, width=9.0)
 
 
 EXPERIMENT = Experiment(

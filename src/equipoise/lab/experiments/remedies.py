@@ -104,6 +104,7 @@ def write(page: Page, results: Results) -> None:
         page.heading("Result")
         page.table(_HEAD, [_row(page, name, runs, ranked) for name, runs in ranked.items()])
         page.text(_READING, *_findings(ranked))
+        page.step_times("no balancing")
         page.figure("load", _LOAD, lambda path: _draw_load(ranked, path))
     _life_cycles(page, ranked)
     ahead = {n: list(runs) for n, runs in results.items() if n not in ranked}
@@ -139,8 +140,7 @@ window of {WINDOW} steps, in the last quarter of training. Experts that a life c
 count in both. Dropped: share of the selections of the last tenth of training that went to no
 expert; MaxVio is of the selections before. A capacity acts in training only, but for `pad`, whose
 layers drop in evaluation too, domain by domain. Expert threshold scores by a sigmoid, the others by
-a softmax. Step times: processor time of the first steps over that without balancing, all taken in
-turns; median, and half the middle spread."""
+a softmax."""
 _LOAD = """MaxVio_global (dotted: chance) and held-out loss of every remedy, most even load first;
 hollow: without balancing and with the Switch loss. One seed does not order losses."""
 

@@ -95,10 +95,9 @@ def write(page: Page, results: Results) -> None:
         add up their counts do is the same arithmetic, as the conformance tests show. `global`: the
         rolling buffer over the micro-batches of a step, as published. Specialisation: generalised
         Jensen-Shannon divergence of the domains' expert shares. Losses in nats per token, mean of
-        the domains; with several seeds means and 95 % intervals. Step times: processor time of the run's
-        first steps over that without balancing in micro-batches of 8 rows, all taken in turns; median,
-        and half the middle spread."""
+        the domains; with several seeds means and 95 % intervals."""
     )
+    page.step_times("no balancing in micro-batches of 8 rows")
     page.bullets(*findings(results))
     page.heading("Perplexity of each domain")
     names = next(iter(results.values()))[0].final.domains
