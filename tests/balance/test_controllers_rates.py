@@ -28,7 +28,8 @@ from equipoise.balance.controllers import (
     ],
 )
 def test_values(schedule: Schedule, values: dict[int, float]) -> None:
-    for copy in (schedule, pickle.loads(pickle.dumps(schedule))):
+    printed = eval(repr(schedule))  # prints as the call that makes it
+    for copy in (schedule, printed, pickle.loads(pickle.dumps(schedule))):
         assert {step: copy(step) for step in values} == pytest.approx(values)
 
 

@@ -113,8 +113,13 @@ def test_recipes_derive_from_one_another() -> None:
             ["'relu(rate=1.1)'", "No loss, no bias and no capacity acts", "only lifecycle does"],
         ),
         (
-            {"model.router": "expert_choice", "balance": "switch + capacity"},
+            {"model.router": "expert_choice", "balance": "z + capacity"},
             ["'expert_choice'", "a fixed top-k"],
+        ),
+        ({"model.router": "random", "balance": "recommended"}, ["drawn at random", "balance=none"]),
+        (
+            {"model.router": "expert_choice", "balance": "switch"},
+            ["'expert_choice'", "equally many tokens", "no loss and no bias"],
         ),
         ({"model.router": "relu", "model.capacity": "capacity"}, ["fixed top-k", "'relu'"]),
         ({"model.router": "sigmoid(route_scal=2)"}, ["'route_scal'", "'route_scale'"]),

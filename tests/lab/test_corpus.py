@@ -71,6 +71,20 @@ def test_a_book_is_cut_its_beginning_held_out(configure: Configure, tmp_path: Pa
     assert held_out + tokenizer.decode(domain.train[:-1].tolist()) == book
 
 
+def test_long_work_says_how_far_it_is(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equipoise.lab import corpus as module
+
+    monkeypatch.setattr(module, "EVERY", -1.0)
+    said: list[str] = []
+    names = load_corpus(configure().data, said.append).names
+    count = len(documents(ALPHABETS[names[0]]))
+    lines = [line for line in said if "documents tokenized" in line]
+    assert lines[:2] == [f"  {names[0]}: {n} of {count:,} documents tokenized" for n in range(2)]
+    assert len(lines) == sum(len(documents(ALPHABETS[name])) for name in names)
+
+
 def test_a_corpus_is_made_once(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     from equipoise.lab import corpus as module
 

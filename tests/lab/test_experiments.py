@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,21 @@ def test_a_redraw_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EquipoiseError, match="no finished run of 'scope'"):
         pages.run_experiment("scope", tmp_path, redraw=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_overview_counts_what_is_finished(
+    tmp_path: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [configure(), configure(balance="sign(rate=0.01)")]
+    train(configs[1], folder_of(tmp_path / "runs", configs[1]), save=False)
+    scope = replace(EXPERIMENTS["scope"], configs=lambda *_: configs)
+    monkeypatch.setitem(EXPERIMENTS, "scope", scope)
+    lines = {line.split()[0]: line for line in pages.overview(tmp_path)}
+    assert list(lines) == list(EXPERIMENTS)
+    assert lines["scope"].endswith("2 runs, 1 finished")
+    assert lines["frontier"].endswith("runs, 0 finished")
+    assert lines["cost"].endswith("not measured")
+    assert max(map(len, lines.values())) <= 80
 
 
 def test_an_unknown_experiment_names_the_nearest() -> None:

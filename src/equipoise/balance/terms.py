@@ -104,9 +104,8 @@ class Loss:
             object.__setattr__(self, "name", f"{objective.name}_{scope.name}{kind}")
 
     def __repr__(self) -> str:
-        weight = "a schedule" if callable(self.weight) else self.weight
         objective, scope = objective_of(self).name, scope_of(self).name
-        return f"Loss({objective!r}, scope={scope!r}, weight={weight})"
+        return f"Loss({objective!r}, scope={scope!r}, weight={self.weight!r})"
 
     def factor(self, *, top_k: int, num_layers: int, num_experts: int, ranks: int) -> float:
         """What turns `weight` into ours, for a model of this shape."""

@@ -31,7 +31,9 @@ def lab(
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Run nothing: the page from the runs there are.")
     ] = False,
-    names: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
+    names: Annotated[
+        bool, typer.Option("--list", help="List the experiments, and how much is run.")
+    ] = False,
 ) -> None:
     """Run what is missing of an experiment, and write its page with table and figures.
 
@@ -41,10 +43,10 @@ def lab(
     from equipoise.errors import EquipoiseError
 
     if names or experiment is None:
-        from equipoise.lab.experiments import EXPERIMENTS
+        from equipoise.lab.pages import overview
 
-        for name, found in EXPERIMENTS.items():
-            print(f"{name:12} {found.title}")
+        for line in overview(out, tier=tier, seeds=seeds):
+            print(line)
         return
     from equipoise.lab.pages import run_experiment
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ Say = Callable[[str], None]
 BEGIN, END = "<|begin|>", "<|end|>"
 SAMPLE_BYTES = 1_000_000
 """Of each domain, that the vocabulary is made from."""
+EVERY = 20.0
+"""Seconds between lines of progress."""
 _FORMAT = 1
 _MEANING = ("domains", "split", "text_field", "domain_field", "vocab_size", "held_out_tokens")
 
@@ -147,7 +150,7 @@ def _write_domain(
     config: DataConfig,
     say: Say,
 ) -> dict[str, Any]:
-    train, held_out, size = _streams(name, documents, tokenizer, config)
+    train, held_out, size = _streams(name, documents, tokenizer, config, say)
     np.save(_file(folder, name, "train"), train)
     np.save(_file(folder, name, "held-out"), held_out)
     say(f"  {name}: {len(train):,} tokens to train on, {len(held_out):,} held out")
@@ -213,7 +216,7 @@ def _sample(texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def _streams(
-    name: str, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig
+    name: str, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig, say: Say
 ) -> tuple[Ids, Ids, int]:
     """Tokens to train on, tokens held out, and the bytes of text of the latter.
 
@@ -227,7 +230,11 @@ def _streams(
     train: list[Ids] = []
     seen: set[str] = set()
     missing = config.held_out_tokens
-    for text, ids in zip(shuffled, _encoded(shuffled, tokenizer), strict=True):
+    told = time.monotonic()
+    for done, (text, ids) in enumerate(zip(shuffled, _encoded(shuffled, tokenizer), strict=True)):
+        if time.monotonic() - told > EVERY:
+            told = time.monotonic()
+            say(f"  {name}: {done:,} of {len(shuffled):,} documents tokenized")
         if missing <= 0 or text in seen:
             train += [ids] if text not in seen else []
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from equipoise.errors import EquipoiseError, nearest
@@ -46,8 +46,7 @@ def run_experiment(
     Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
     """
     experiment = find(name)
-    if tier not in TIERS:
-        raise EquipoiseError(f"tier={tier!r} is not one of {', '.join(TIERS)}.")
+    _check_tier(tier)
     pool = Path(out) / "runs"
     if experiment.measure is not None:
         if seeds != 1 or data is not None:
@@ -72,6 +71,26 @@ def run_experiment(
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
             path = write_page(experiment, configs, Path(out), tier)
     return path
+
+
+def overview(out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1) -> Iterator[str]:
+    """A line for each experiment: its name, title and runs, with how many of them `out` holds."""
+    pool = Path(out) / "runs"
+    _check_tier(tier)
+    for name, experiment in EXPERIMENTS.items():
+        if experiment.measure is not None:
+            there = (pool / f"{page_name(experiment, tier)}.json").exists()
+            state = "measured" if there else "not measured"
+        else:
+            configs = experiment.configs(tier, seeds)
+            done = sum(Result.find(pool, config) is not None for config in configs)
+            state = f"{len(configs)} runs, {done} finished"
+        yield f"{name:10} {experiment.title:45} {state}"
+
+
+def _check_tier(tier: str) -> None:
+    if tier not in TIERS:
+        raise EquipoiseError(f"tier={tier!r} is not one of {', '.join(TIERS)}.")
 
 
 def page_name(experiment: Experiment, tier: str) -> str:

@@ -16,6 +16,11 @@ FIXED = ("softmax", "mixtral", "sigmoid", "sqrtsoftplus")
 VARIABLE = ("expert_choice", "expert_threshold", "relu")
 """Routers that give tokens different numbers of experts."""
 ROUTERS = (*FIXED, "random", "sinkhorn", "base", "hash", *VARIABLE)
+UNMOVED = {
+    "random": "its experts are drawn at random",
+    "expert_choice": "in training each of its experts takes equally many tokens",
+}
+"""Routers whose load no term moves, and why."""
 BLOCKS = (*ROUTERS, "soft")
 """What `model.router` may name: a router, or "soft", whose layer mixes tokens and selects none."""
 
@@ -50,6 +55,11 @@ def check_balance(balance: str, router: Call) -> None:
     said = f"balance={balance!r} with model.router={str(router)!r}: "
     if names and router.name == "hash":
         raise EquipoiseError(f"{said}its experts are read from a table, which nothing balances.")
+    if set(names) - {"lifecycle", "capacity", "z"} and router.name in UNMOVED:
+        raise EquipoiseError(
+            f"{said}{UNMOVED[router.name]}, so that no loss and no bias moves its load. Use balance=none, "
+            "or another router."
+        )
     if set(names) - {"lifecycle"} and router.name == "relu":
         raise EquipoiseError(
             f"{said}this router steers itself, by an L1 term with the options l1_weight and rate. No "

@@ -16,29 +16,37 @@ Schedule = Callable[[int], float]
 Rate = float | Schedule | Sequence[float] | Tensor
 
 
+class _Schedule(partial[float]):
+    """A schedule that prints as the call that made it."""
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
+        return f"{self.func.__name__.lstrip('_')}({given})"
+
+
 def linear(start: float, end: float, steps: int) -> Schedule:
     """From `start` at step 0 in a straight line to `end` at `steps`, and `end` from there on."""
-    return partial(_linear, start=start, end=end, steps=_whole(steps))
+    return _Schedule(_linear, start=start, end=end, steps=_whole(steps))
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
     """From `start` at step 0 along half a cosine to `end` at `steps`, and `end` from there on."""
-    return partial(_cosine, start=start, end=end, steps=_whole(steps))
+    return _Schedule(_cosine, start=start, end=end, steps=_whole(steps))
 
 
 def warmup(rate: float | Schedule, steps: int) -> Schedule:
     """`rate` (a number or another schedule) times (step + 1) / steps, in full from step `steps` - 1."""
-    return partial(_warmup, rate=rate, steps=_whole(steps))
+    return _Schedule(_warmup, rate=rate, steps=_whole(steps))
 
 
 def constant_then_zero(rate: float, steps: int) -> Schedule:
     """`rate` for the first `steps` steps, then 0: the bias is frozen (DeepSeek-V3, arXiv 2412.19437)."""
-    return partial(_constant_then_zero, rate=rate, steps=_whole(steps))
+    return _Schedule(_constant_then_zero, rate=rate, steps=_whole(steps))
 
 
 def zero_then_constant(rate: float, steps: int) -> Schedule:
     """0 for the first `steps` steps, then `rate`: what takes over from `constant_then_zero`."""
-    return partial(_zero_then_constant, rate=rate, steps=_whole(steps))
+    return _Schedule(_zero_then_constant, rate=rate, steps=_whole(steps))
 
 
 def checked_rate(rate: Rate) -> float | Schedule | tuple[float, ...]:
