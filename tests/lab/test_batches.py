@@ -56,7 +56,7 @@ def test_processes_share_a_step_out(configure: Configure, ranks: int) -> None:
 
 
 def test_a_round_takes_every_row_of_a_domain_once(configure: Configure) -> None:
-    config = configure(data__domains=("abc",), data__arrangement="domain")
+    config = configure(data__domains=("abc",), data__arrangement="domain", data__block=8)
     stream = load_corpus(config.data).domains[0].train
     rows = row_count(stream, 16)
     steps = range(1 + 2 * rows // config.batch_rows)
@@ -76,6 +76,15 @@ def test_micro_batches_are_of_one_domain_or_of_several(
     for ids, _, numbers in batches.step(0):
         assert len(ids) == len(numbers) == config.micro_rows
         assert len(set(numbers.tolist())) == domains
+
+
+def test_the_domains_of_a_step_come_in_an_order_of_its_own(configure: Configure) -> None:
+    config = configure(data__arrangement="domain")
+    batches = Batches(load_corpus(config.data), config)
+    orders = [tuple(int(n[0]) for _, _, n in batches.step(step)) for step in range(40)]
+    assert {order[0] for order in orders} == {domain for order in orders for domain in order}
+    again = Batches(load_corpus(config.data), config)
+    assert orders == [tuple(int(n[0]) for _, _, n in again.step(step)) for step in range(40)]
 
 
 def test_rows_say_their_domain(configure: Configure) -> None:

@@ -2,7 +2,8 @@
 
 Rows are drawn in blocks of `data.block` from one domain after the other, each domain's rows in an
 order shuffled for every round through it. How the rows of a step fall into micro-batches is
-`data.arrangement`; that, and the size of micro-batches, changes no step's set of rows.
+`data.arrangement`: "mixed" takes a row of each block in turn, "domain" one block after the other, in an
+order drawn for every step. That, and the size of micro-batches, changes no step's set of rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import Corpus, Domain
+
+_OF_BLOCKS = 2**31
+"""Tells the order of a step's blocks from that of a domain's rows, where seeds are drawn."""
 
 
 class Batches:
@@ -43,9 +47,13 @@ class Batches:
             found.append((ids, targets, domains[start : start + size]))
         return found
 
-    def _blocks(self, step: int) -> range:
+    def _blocks(self, step: int) -> list[int]:
         count = self.config.batch_rows // self.config.data.block
-        return range(step * count, (step + 1) * count)
+        blocks = np.arange(step * count, (step + 1) * count)
+        if self.config.data.arrangement == "domain":  # no domain is always the first one counted
+            generator = np.random.default_rng([self.config.seed, step, _OF_BLOCKS])
+            blocks = generator.permutation(blocks)
+        return blocks.tolist()
 
     def _block(self, block: int) -> tuple[list[NDArray[np.uint16]], int]:
         """Rows of S + 1 tokens, the last one only a target, and the number of their domain."""

@@ -23,10 +23,10 @@ REFERENCE = "switch 0.01"
 METHODS = {
     "none": "none",
     REFERENCE: "switch(scope=global, weight=0.01)",
+    "switch 0.1": "switch(scope=global, weight=0.1)",
     "sign 0.01": "sign(rate=0.01)",
     "quantile": "quantile",
     "switch 0.001": "switch(scope=global, weight=0.001)",
-    "switch 0.1": "switch(scope=global, weight=0.1)",
     "sign 0.001": "sign(rate=0.001)",
 }
 """At every number of experts."""
@@ -50,8 +50,8 @@ OTHERS = {
     "quantile by histogram": "quantile_histogram",
 }
 """At 16 experts only: the rest of the catalogue."""
-LEADERS = ("none", REFERENCE, "sign 0.01", "quantile")
-"""Methods in paired seeds."""
+LEADERS = (REFERENCE, "switch 0.1", "sign 0.01", "quantile")
+"""Methods in paired seeds: two biases at their evenest, and a loss at two strengths around them."""
 
 
 def base(experts: int, tier: str = "cpu") -> Config:

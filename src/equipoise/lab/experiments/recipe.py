@@ -21,7 +21,7 @@ CANDIDATES = {
     "switch, decaying": "switch(scope=global, weight=cosine(start=0.1, end=0.01, steps={steps}))",
 }
 """Of a bias, of a bias and a loss, and of a loss alone, for models that have no place for a bias."""
-FINALISTS = ("sign, decaying", "switch, decaying")
+FINALISTS = ("sign, decaying", "switch, decaying", "switch, steered")
 """Run in as many paired seeds as the frontier's leaders: what `balance.recommended` gives. Chosen for what
 they need as much as by one seed of 16 experts: `sign` need not know of group limits, as quantiles do;
 `switch, decaying` needs no target, as `switch, steered` does, and which no weight reaches where chance

@@ -10,9 +10,10 @@ import numpy as np
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.experiments import collapse, leaks
+from equipoise.lab.experiments import leaks
 from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
 from equipoise.lab.experiments.collapse import STARVED, SWITCH, WINDOW
+from equipoise.lab.recipes import gpu, small
 from equipoise.lab.results import Result, mean_interval, starved
 
 PLAIN, BALANCED = "no balancing", "Switch loss 0.01"
@@ -21,8 +22,14 @@ LIFE = "patience=10, below=0.01"
 
 
 def configs(tier: str, seeds: int) -> list[Config]:
-    """One remedy a run, on the base of `collapse`, evaluated on a part of the held-out text."""
-    base = collapse.configs(tier, 1)[0].change({"evaluation_tokens": 100_000})
+    """One remedy a run, evaluated on a part of the held-out text."""
+    base = (small() if tier == "cpu" else gpu()).change(
+        {
+            "model.router": "softmax(weighting=scores)",
+            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
+            "evaluation_tokens": 100_000,
+        }
+    )
     runs = {**_telling(base), **_further(base)}
     return seeded([base.change({"name": n, **c}) for n, c in runs.items()], seeds)
 
