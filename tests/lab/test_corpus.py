@@ -72,13 +72,13 @@ def test_a_book_is_cut_its_beginning_held_out(configure: Configure, tmp_path: Pa
 
 
 def test_long_work_says_how_far_it_is(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from equipoise.lab import corpus as module
 
     monkeypatch.setattr(module, "EVERY", -1.0)
     said: list[str] = []
-    names = load_corpus(configure().data, said.append).names
+    names = load_corpus(configure(data__cache=str(tmp_path)).data, said.append).names
     count = len(documents(ALPHABETS[names[0]]))
     lines = [line for line in said if "documents tokenized" in line]
     assert lines[:2] == [f"  {names[0]}: {n} of {count:,} documents tokenized" for n in range(2)]

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from equipoise.lab import Config, load_corpus
 from equipoise.lab.batches import held_out_rows
-from equipoise.lab.evaluate import ROWS, _dealt, evaluate
+from equipoise.lab.evaluate import ROWS, Evaluation, _dealt, evaluate
 from equipoise.lab.model import LanguageModel
 
 ROUTERS = ("softmax", "base", "expert_choice", "soft")
@@ -68,3 +69,28 @@ def test_a_pass_without_rows_counts_nothing(configure: Callable[..., Config], ro
     none = torch.zeros(0, 16, dtype=torch.long)
     with torch.no_grad():
         assert model(none, none, reduction="none").shape == (0,)
+
+
+def made(tokens: list[int], counts_DLE: np.ndarray) -> Evaluation:
+    """An evaluation of made-up counts."""
+    nothing = np.zeros(len(tokens))
+    names = tuple("abcdefgh"[: len(tokens)])
+    return Evaluation(names, nothing, np.array(tokens), nothing + 1, counts_DLE, nothing[:, None])
+
+
+def test_domains_weigh_alike_in_max_vio_however_long_they_are() -> None:
+    even = made([100, 300], np.array([[[100, 0]], [[0, 300]]]))
+    assert even.max_vio == pytest.approx(0)
+    assert even.max_vio == made([300, 300], np.array([[[300, 0]], [[0, 300]]])).max_vio
+    # A router that gives one domain more experts a token: 2 and 1, as its tokens are trained on.
+    assert made([10, 10], np.array([[[10, 10]], [[10, 0]]])).max_vio == pytest.approx(1 / 3)
+
+
+def test_the_floor_is_that_of_uniform_routing_of_such_domains() -> None:
+    generator, tokens, experts = np.random.default_rng(0), [200, 2000], 8
+    drawn = [
+        generator.multinomial(n, np.full(experts, 1 / experts), size=(3000, 1)) for n in tokens
+    ]
+    found = [made(tokens, np.stack(counts)).max_vio for counts in zip(*drawn, strict=True)]
+    floor = made(tokens, np.stack([counts[0] for counts in drawn])).max_vio_floor(top_k=1)
+    assert floor == pytest.approx(np.mean(found), rel=0.05)

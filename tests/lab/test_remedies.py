@@ -234,6 +234,9 @@ def test_findings_say_a_leak_only_beyond_its_interval() -> None:
     (said,) = leaks._findings(runs)
     assert "above 0 beyond its interval: eight (+0.020 ± 0.004)." in said
     assert "from 0: all (+0.001 ± 0.002), shuffled (+0.000 ± 0.003)." in said
-    assert "Shuffling chunks of 8 takes +0.020 ± 0.005 nats of leak away, beyond" in said
+    assert "Shuffled, chunks of 8 leak 0.020 ± 0.005 nats less, beyond its interval" in said
+    runs["shuffled"] = [fake("expert_choice(chunk=8, shuffle=True)", (0.050, 0.003))]
+    (said,) = leaks._findings(runs)
+    assert "Shuffled, chunks of 8 leak 0.030 ± 0.005 nats more, beyond its interval" in said
     assert "2048" not in said
     assert leaks.chunk(runs["all"][0]) == (2048, False)

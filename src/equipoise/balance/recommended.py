@@ -21,7 +21,7 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
 
     steps: optimizer steps over which the strength falls, at best those of the run.
 
-    Strong first, when experts starve, and at the published strength in the end. A model whose every
+    Strong first, when experts starve, and about as weak in the end as is published. A model whose every
     router has a selection bias of its own on sigmoid scores (DeepSeek-V3, GLM-4 MoE, ...) gets that bias
     moved by `Sign`, its rate falling from 0.02 to 0.0005 by a cosine; the bias stays in its checkpoints.
     The others would lose a bias when they are saved: they get the Switch loss over the global batch,

@@ -61,9 +61,12 @@ class Evaluation:
 
     @property
     def max_vio(self) -> float:
-        """MaxVio_global: of all domains' tokens together, mean over layers; NaN without layers."""
-        counts_LE = self.counts.sum(0)
-        return float(np.mean(load.max_vio(counts_LE))) if len(counts_LE) else math.nan
+        """MaxVio_global of equally much of each domain, as in training; mean over layers, or NaN.
+
+        Held-out parts are not of one length; pooled, the longest one would weigh more than it did.
+        """
+        rates_LE = (self.counts / self.tokens[:, None, None]).mean(0)
+        return float(np.mean(load.max_vio(rates_LE))) if len(rates_LE) else math.nan
 
     @property
     def experts_per_token(self) -> float:
@@ -73,11 +76,14 @@ class Evaluation:
         return float(self.counts.sum() / self.tokens.sum() / self.counts.shape[1])
 
     def max_vio_floor(self, top_k: int) -> float:
-        """What chance alone gives at so many tokens."""
+        """What chance alone gives at so many tokens, each drawn for itself.
+
+        A mean over D domains varies as much as a pool of D^2 / sum(1 / tokens) tokens does.
+        """
         if not self.counts.size:
             return math.nan
-        experts = self.counts.shape[2]
-        return floors.floor(int(self.tokens.sum()), experts, top_k).mean["max_vio"]
+        tokens = round(len(self.tokens) ** 2 / float((1 / self.tokens).sum()))
+        return floors.floor(tokens, self.counts.shape[2], top_k).mean["max_vio"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -149,19 +149,25 @@ def _setup(
         f"{len({r.seed for r in found})} seed(s). Unless a row says otherwise: {model.layers} layers "
         f"({model.dense_layers} dense), width {model.hidden_size}, {model.experts} experts"
         + (f" and {model.shared_experts} shared" if model.shared_experts else "")
-        + f", top-{model.top_k}, {size['total'] / 1e6:.1f} M parameters, {size['active'] / 1e6:.1f} M "
+        + f", top-{model.top_k}, router `{model.router}`, weights drawn with deviation {model.init_std:g}, "
+        f"{size['total'] / 1e6:.1f} M parameters, {size['active'] / 1e6:.1f} M "
         f"of them active; {first.summary['tokens'] / 1e6:.1f} M tokens in steps of "
         f"{first.config.step_tokens:,}, rows of {data.row_length}, {len(first.final.domains)} domains "
         f"({', '.join(first.final.domains)}); evaluated on {first.final.tokens.sum() / 1e6:.1f} M "
-        "tokens held out. Runs of one seed see the same rows in the same order and begin with the "
-        "same weights."
+        "tokens held out. Runs of one seed see the same rows in the same steps; those whose models "
+        "have the same shape and are drawn alike begin with the same weights."
+    )
+    page.text(
+        """Chance, behind a MaxVio, takes every token for itself. Tokens of one document are alike, and
+        some domains' held-out text is of few documents: other text of the same domains would give
+        other figures, for which there is no interval here."""
     )
     page.text(
         "Machine: "
         + "; ".join(f"{m} ({n} runs)" for m, n in machines.items())
         + ". Commits: "
         + ", ".join(commits)
-        + " (each run's in its environment.json; + is changed since)"
+        + " (each run's in its environment.json; after a + code that was not committed)"
         + ". Torch "
         + ", ".join(sorted({r.environment["versions"]["torch"] for r in found}))
         + "."

@@ -61,7 +61,7 @@ class Page:
         if self.turns.seconds:
             self.text(
                 f"""Step times: processor time of a run's first steps over that of {base}, all taken in
-                turns; median, and half the middle spread."""
+                turns; median, and half the range of the middle half of the rounds, which is no interval."""
             )
 
     def figure(self, name: str, caption: str, draw: Draw) -> None:

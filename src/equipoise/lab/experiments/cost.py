@@ -151,14 +151,14 @@ def findings(found: Lines) -> list[str]:
     ]
     hot = "50 %, one hot"
     ratio = interval(points.seconds(hot) / points.seconds(BALANCED))
-    slowest = float(np.median(points.seconds("100 %, one hot") / points.seconds(hot)))
+    slowest = interval(points.seconds("100 %, one hot") / points.seconds(hot))
     full = interval(points.seconds("100 %, even") / points.seconds(BALANCED))
     return [
         f"""On the {len(errors)} points that it was not fitted to, the line is off by
         {100 * np.mean(errors):.1f} % in the mean and {100 * max(errors):.1f} % at most, and inside the
         measured interval, which is wide, on {sum(inside)}. MaxVio of the experts does not tell the
-        time: the profiles with one hot expert have the same, and take {slowest:.2f} times as long on
-        one device as evenly on both.""",
+        time: the profiles with one hot expert have the same, and all on one device take
+        {slowest[0]:.2f} [{slowest[1]:.2f}, {slowest[2]:.2f}] times as long as evenly on both.""",
         f"""With MaxVio {points.max_vio(hot):.2f} but devices loaded alike, a step takes
         {_times_longer(ratio)}; with MaxVio {points.max_vio("100 %, even"):.2f} and all on one device,
         {_times_longer(full)}.""",
@@ -171,8 +171,9 @@ def _times_longer(ratio: tuple[float, float, float]) -> str:
 
 def _memory(page: Page, found: Lines) -> None:
     page.heading("Memory and bytes")
-    head = ("first device, its experts", "peak MB, first and second device", "line, first device",
-            "error", "MB sent in a step, by each", "largest message, MB")  # fmt: skip
+    head = ("first device, its experts", "peak MB, first and second device",
+            "line, larger of the two", "error", "MB sent in a step, by each",
+            "largest message, MB")  # fmt: skip
     page.table(head, [_memory_row(found, name) for name in found.points.profiles])
     points, line = found.points, found.memory
     light = [

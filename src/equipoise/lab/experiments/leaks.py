@@ -139,11 +139,11 @@ def _findings(runs: Runs) -> list[str]:
         other = sizes.get((key[0], True)) if key is not None and not key[1] else None
         if key is not None and other is not None:
             (plain, a), (shuffled, b) = leaks[name], leaks[other]
-            difference, half = plain - shuffled, float(np.hypot(a, b))
-            verdict = "beyond its interval" if difference > half else "within its interval"
+            more, half = shuffled - plain, float(np.hypot(a, b))
+            verdict = "beyond its interval" if abs(more) > half else "within its interval"
             told.append(
-                f"Shuffling chunks of {key[0]} takes {_said((difference, half))} nats of leak away, "
-                f"{verdict}."
+                f"Shuffled, chunks of {key[0]} leak {abs(more):.3f} ± {half:.3f} nats "
+                f"{'more' if more > 0 else 'less'}, {verdict} (of two leaks taken as independent)."
             )
     return [" ".join(told)]
 

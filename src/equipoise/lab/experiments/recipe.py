@@ -22,10 +22,9 @@ CANDIDATES = {
 }
 """Of a bias, of a bias and a loss, and of a loss alone, for models that have no place for a bias."""
 FINALISTS = ("sign, decaying", "switch, decaying", "switch, steered")
-"""Run in as many paired seeds as the frontier's leaders: what `balance.recommended` gives. Chosen for what
-they need as much as by one seed of 16 experts: `sign` need not know of group limits, as quantiles do;
-`switch, decaying` needs no target, as `switch, steered` does, and which no weight reaches where chance
-alone gives more."""
+"""Run in as many paired seeds as the frontier's leaders. Chosen for what they need as much as by one seed of
+16 experts: `sign` need not know of group limits, as quantiles do, `switch, decaying` needs no target.
+`balance.recommended` gives the first two."""
 
 
 def configs(tier: str, seeds: int) -> list[Config]:
@@ -62,8 +61,12 @@ def write(page: Page, results: Results) -> None:
     page.figure("over-time", _OVER_TIME, lambda path: _draw(by_experts, path))
     page.heading("Verdict")
     page.bullets(*verdicts(by_experts))
+    page.text(_PLACES, frontier.COMPARISONS)
 
 
+_PLACES = """The frontier: the leaders that no other leader is better than. Better: the lower loss or the
+lower MaxVio_global, and not the higher of either, by 95 % intervals of paired seeds. Behind the frontier: one
+of it is better. Beyond: none is, and the candidate is better than one of it. On: neither."""
 _OVER_TIME = "MaxVio of each step's tokens over training, mean of the last 10 steps (seed 0)."
 
 
@@ -82,31 +85,61 @@ def _settled(runs: Sequence[Result]) -> str:
 def verdicts(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[str]:
     """For each finalist and number of experts: beyond, on, or behind the leaders' frontier."""
     found = []
+    places: dict[str, dict[int, str]] = {}
     for name in FINALISTS:
         told = []
         for experts, methods in by_experts.items():
-            leaders = {n: methods[n] for n in frontier.LEADERS if n != "none" and n in methods}
-            if len(methods.get(name, ())) >= frontier.SEEDS and leaders:
-                told.append(f"{experts} experts: {_against(methods[name], leaders)}")
+            leaders = {n: methods[n] for n in frontier.LEADERS if n in methods}
+            mine = methods.get(name, ())
+            if all(len(runs) >= frontier.SEEDS for runs in (mine, *leaders.values())) and leaders:
+                place = places.setdefault(name, {})[experts] = _place(mine, leaders)
+                against = "; ".join(
+                    f"against {leader} {_told(mine, runs)}" for leader, runs in leaders.items()
+                )
+                told.append(f"{experts} experts: {place} the frontier ({against})")
         if told:
             found.append(f"{name}. {'. '.join(told)}.")
-    return found or [
-        f"No candidate has the {frontier.SEEDS} paired seeds yet that a verdict takes."
+    if not found:
+        return [f"No candidate has the {frontier.SEEDS} paired seeds yet that a verdict takes."]
+    held = [n for n, at in places.items() if "behind" not in at.values()]
+    tried = ", ".join(str(n) for n in by_experts if any(n in at for at in places.values()))
+    return [
+        f"On or beyond the frontier wherever the seeds are run ({tried} experts): "
+        f"{', '.join(held) or 'no candidate'}.",
+        *found,
     ]
 
 
-def _against(mine: Sequence[Result], leaders: Mapping[str, Sequence[Result]]) -> str:
-    """A candidate against each leader of the frontier, in loss and in MaxVio, of paired seeds."""
-    told = []
-    for leader, runs in leaders.items():
-        loads = {run.seed: run.final.max_vio for run in runs}
-        differences = [r.final.max_vio - loads[r.seed] for r in mine if r.seed in loads]
-        mean, half = mean_interval(differences)
-        told.append(
-            f"against {leader}, loss {frontier.verdict(frontier.paired(mine, runs))}; MaxVio "
-            f"{mean:+.2f} ± {half:.2f}"
-        )
-    return "; ".join(told)
+def _place(mine: Sequence[Result], leaders: Mapping[str, Sequence[Result]]) -> str:
+    """Where a candidate stands to the leaders of which none is better than another."""
+    best = [
+        runs for runs in leaders.values() if not any(_better(o, runs) for o in leaders.values())
+    ]
+    if any(_better(runs, mine) for runs in best):
+        return "behind"
+    return "beyond" if any(_better(mine, runs) for runs in best) else "on"
+
+
+def _better(mine: Sequence[Result], theirs: Sequence[Result]) -> bool:
+    """Shown to have the lower loss or MaxVio, by 95 % intervals of paired seeds, and the higher of none."""
+    found = [mean_interval(d) for d in _differences(mine, theirs)]
+    less = any(mean + half < 0 for mean, half in found)
+    return less and not any(mean - half > 0 for mean, half in found)
+
+
+def _differences(
+    mine: Sequence[Result], theirs: Sequence[Result]
+) -> tuple[list[float], list[float]]:
+    """In loss and in MaxVio_global, of the seeds that both have."""
+    other = {run.seed: run.final for run in theirs}
+    pairs = [(r.final, other[r.seed]) for r in mine if r.seed in other]
+    return [a.loss - b.loss for a, b in pairs], [a.max_vio - b.max_vio for a, b in pairs]
+
+
+def _told(mine: Sequence[Result], theirs: Sequence[Result]) -> str:
+    losses, loads = _differences(mine, theirs)
+    mean, half = mean_interval(loads)
+    return f"loss {frontier.verdict(losses)}, MaxVio {mean:+.2f} ± {half:.2f}"
 
 
 def _draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
@@ -127,9 +160,9 @@ EXPERIMENT = Experiment(
     configs,
     write,
     (
-        """that a candidate is better where runs are longer: these see about one token a parameter;""",
-        """that the finalists are the best candidates: they were chosen among six with one seed of 16
-        experts, in which other methods were ahead of both, by no more than seeds may differ;""",
+        """that a candidate is better where runs are longer: these see few tokens a parameter;""",
+        """that the finalists are the best candidates: they were settled on when one seed of 16 experts had
+        been seen, in which others were ahead of them, and that seed is one of the five;""",
         """anything about softmax routers, capacity, or models that are fine-tuned.""",
     ),
 )

@@ -199,15 +199,18 @@ def _findings(ranked: Results) -> list[str]:
         return []
     vio = {n: float(np.mean([r.final.max_vio for r in runs])) for n, runs in ranked.items()}
     others = sorted((n for n in vio if n not in (PLAIN, BALANCED)), key=vio.__getitem__)
-    limits = (vio[BALANCED], vio[PLAIN] / 2, vio[PLAIN], float("inf"))
+    half = vio[PLAIN] / 2
+    limits = (vio[BALANCED], half, 0.9 * vio[PLAIN], 1.1 * vio[PLAIN], float("inf"))
     told = (
         "as even as with the Switch loss or more",
-        "less even than that, but at half of MaxVio without balancing or less",
-        "between that half and the load without balancing",
-        "no more even than without balancing",
+        f"less even than that, up to {half:.2f}, half of MaxVio without balancing",
+        f"above {half:.2f}, more even than without balancing by more than a tenth",
+        "within a tenth of MaxVio without balancing",
+        "less even than without balancing by more than a tenth",
     )
-    found = [f"MaxVio_global is {vio[PLAIN]:.2f} without balancing, {vio[BALANCED]:.2f} with the "
-             "Switch loss."]  # fmt: skip
+    found = [f"MaxVio_global, of selections before any capacity and with experts that a life cycle has "
+             f"taken out, is {vio[PLAIN]:.2f} without balancing, {vio[BALANCED]:.2f} with the Switch "
+             "loss."]  # fmt: skip
     below = -1.0
     for limit, words in zip(limits, told, strict=True):
         names = [f"{n} ({vio[n]:.2f})" for n in others if below < vio[n] <= limit]

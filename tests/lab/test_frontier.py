@@ -1,0 +1,103 @@
+"""What the frontier's and the recipe's pages say of paired seeds, on made-up results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from equipoise.lab.experiments import frontier, recipe
+
+NOISE = (0.004, -0.003, 0.001, -0.004, 0.002)
+
+
+def runs(loss: float, load: float, seeds: range = range(5)) -> list[Any]:
+    """Runs whose seeds share most of their noise, as paired ones do, each with a little of its own."""
+    own = np.random.default_rng(round(1000 * loss + 100 * load)).normal(size=(5, 2))
+    return [
+        SimpleNamespace(
+            seed=seed,
+            final=SimpleNamespace(
+                loss=loss + 50 * NOISE[seed] + 0.001 * own[seed, 0],
+                max_vio=load * (1 + 0.02 * own[seed, 1]),
+            ),
+        )
+        for seed in seeds
+    ]
+
+
+def test_at_equal_load_a_loss_is_set_against_the_line_between_the_switch_losses() -> None:
+    methods = {frontier.WEAK: runs(3.9, 1.0), frontier.STRONG: runs(4.0, 0.25)}
+    # The middle of ln 1 and ln 0.25 is ln 0.5, where the line is at 3.95.
+    assert frontier.at_equal_load(runs(3.93, 0.5), methods) == pytest.approx([-0.02] * 5, abs=0.01)
+    # Evener than both, or less even: against the nearer end.
+    assert frontier.at_equal_load(runs(3.93, 0.1), methods) == pytest.approx([-0.07] * 5, abs=0.01)
+    assert frontier.at_equal_load(runs(3.93, 5.0), methods) == pytest.approx([0.03] * 5, abs=0.01)
+
+
+def test_at_equal_load_takes_the_seeds_that_all_have() -> None:
+    methods = {
+        frontier.WEAK: runs(3.9, 1.0, range(1, 5)),
+        frontier.STRONG: runs(4.0, 0.25, range(4)),
+    }
+    assert len(frontier.at_equal_load(runs(3.93, 0.5), methods)) == 3
+    assert frontier.at_equal_load(runs(3.93, 0.5), {frontier.WEAK: methods[frontier.WEAK]}) == []
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([], "–"),
+        ([0.3], "+0.300"),
+        ([0.1 + x for x in NOISE], "+0.100 ± 0.004, higher"),
+        ([x - 0.1 for x in NOISE], "-0.100 ± 0.004, lower"),
+        ([x + 0.01 for x in NOISE], "+0.010 ± 0.004, higher, equivalent"),
+        (list(NOISE), "+0.000 ± 0.004, equivalent"),
+        ([20 * x for x in NOISE], "+0.000 ± 0.084"),
+    ],
+)
+def test_a_verdict_tells_direction_and_equivalence(differences: list[float], words: str) -> None:
+    assert frontier.verdict(differences) == words
+
+
+LEADERS = {"switch 0.01": (3.90, 1.2), "switch 0.1": (4.0, 0.4), "sign 0.01": (3.88, 0.25)}
+# `sign 0.01` is better than both others, so that it is the whole frontier.
+
+
+@pytest.mark.parametrize(
+    ("loss", "load", "place"),
+    [
+        (3.80, 0.20, "beyond"),
+        (3.80, 0.25, "beyond"),
+        (3.80, 0.60, "on"),  # lower loss, less even
+        (3.95, 0.10, "on"),
+        (3.88, 0.25, "on"),
+        (3.95, 0.30, "behind"),  # better than switch 0.1, which is not of the frontier
+        (3.88, 0.50, "behind"),
+    ],
+)
+def test_a_candidate_is_placed_to_the_frontier(loss: float, load: float, place: str) -> None:
+    leaders = {name: runs(*at) for name, at in LEADERS.items()}
+    assert recipe._place(runs(loss, load), leaders) == place
+
+
+def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
+    leaders = {
+        "switch 0.01": runs(3.9, 1.2),
+        "switch 0.1": runs(4.0, 0.4),
+        "quantile": runs(3.86, 0.2),
+    }
+    methods = {**leaders, "sign 0.01": runs(3.88, 0.25), "sign, decaying": runs(3.80, 0.15)}
+    few = {**methods, "quantile": runs(3.86, 0.2, range(4))}
+    assert "No candidate" in recipe.verdicts({16: few})[0]
+    found = recipe.verdicts({16: methods, 64: few})
+    assert (
+        found[0]
+        == "On or beyond the frontier wherever the seeds are run (16 experts): sign, decaying."
+    )
+    assert found[1].startswith(
+        "sign, decaying. 16 experts: beyond the frontier (against switch 0.01"
+    )
+    assert "nan" not in " ".join(found)
