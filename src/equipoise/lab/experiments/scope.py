@@ -52,6 +52,8 @@ def configs(tier: str, seeds: int) -> list[Config]:
         "micro 16": {"balance": _loss("micro"), "micro_rows": 16},
         "micro 32": {"balance": _loss("micro"), "micro_rows": 32},
         "exact": {"balance": _loss("exact")},
+        "previous": {"balance": _loss("previous")},
+        "running": {"balance": _loss("running")},
         "global, micro-batches of 2": {"balance": _loss("global"), "micro_rows": 2},
         "micro, from the middle global": {
             "balance": f"switch(scope=micro, weight={early}) + switch(scope=global, weight={late})"
@@ -74,7 +76,7 @@ def _loss(scope: str, weight: float = 0.1) -> str:
 
 def write(page: Page, results: Results) -> None:
     """Tables and figures."""
-    first_rows = ("none", *(f"micro {n}" for n in SIZES), "exact")
+    first_rows = ("none", *(f"micro {n}" for n in SIZES), "exact", "previous", "running")
     order = [n for n in first_rows if n in results] + [n for n in results if n not in first_rows]
     results = {name: results[name] for name in order}
     page.heading("Result")
@@ -98,7 +100,8 @@ def write(page: Page, results: Results) -> None:
         show. `global`: the rolling buffer over the micro-batches of a step, as published: each is
         balanced with those before it, the first by itself. `exact`: counted over the whole step before
         it, so that it is `micro 64` in smaller passes, and what the two differ by is rounding, grown over
-        the run: smaller differences on this page mean nothing. Shuffle control: micro-batches of 8 rows
+        the run: smaller differences on this page mean nothing. `previous`: the counts of the step before,
+        `running`: of the last ten or so, both without a second pass. Shuffle control: micro-batches of 8 rows
         with one of every domain, more even than the random subsets of the paper. Specialisation:
         generalised Jensen-Shannon divergence of the domains' expert shares. Selected scores: mean sum
         of a token's top-k, which compares rows of one router only: the biases have a sigmoid's, the
