@@ -11,6 +11,8 @@ import transformers as hf
 from torch import nn
 
 from equipoise.balance import Bias, Loss, attach, recommended
+from equipoise.balance.controllers import Quantile
+from equipoise.balance.controllers.margins import GroupLimit
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import ModelConfig
 from equipoise.lab.model import LanguageModel
@@ -43,7 +45,13 @@ def max_vio(model: nn.Module, steps: int, *terms: Loss | Bias) -> float:
 
 
 @pytest.mark.parametrize(
-    ("router", "kind"), [("sigmoid", Bias), ("softmax", Loss), ("mixtral", Loss)]
+    ("router", "kind"),
+    [
+        ("sigmoid", Bias),
+        ("sigmoid(selection=group_limited(groups=4, limit=2))", Bias),
+        ("softmax", Loss),
+        ("mixtral", Loss),
+    ],
 )
 def test_a_model_is_balanced_by_what_it_can_keep(router: str, kind: type) -> None:
     model = lab_model(router)
@@ -74,7 +82,7 @@ def test_a_family_with_a_selection_bias_saves_its_balance(tmp_path: Path) -> Non
     }
     model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**size))
     (term,) = recommended(model)
-    assert isinstance(term, Bias)
+    assert term == Bias(Quantile())
     handle = attach(model, term)
     ids = torch.randint(0, 60, (4, 16))
     for _ in range(3):
@@ -88,6 +96,27 @@ def test_a_family_with_a_selection_bias_saves_its_balance(tmp_path: Path) -> Non
     found = [v for k, v in loaded.state_dict().items() if k.endswith("e_score_correction_bias")]
     assert len(found) == len(biases)
     assert all(torch.equal(a, b) for a, b in zip(found, biases, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("groups", "limit", "top_k", "told"),
+    [
+        (1, 1, 2, Bias(Quantile())),
+        (4, 4, 2, Bias(Quantile())),  # no limit
+        (4, 2, 2, Bias(Quantile(groups=GroupLimit(4, 2)))),
+        (8, 3, 2, Bias(Quantile(groups=GroupLimit(8, 3, best=1)))),
+        (4, 1, 2, None),  # a token's group holds the two that it takes: there is nothing to balance
+    ],
+)
+def test_the_quantile_goes_by_the_groups_of_the_family(
+    groups: int, limit: int, top_k: int, told: Bias | None
+) -> None:
+    size = {"hidden_size": 32, "moe_intermediate_size": 16, "vocab_size": 64, "n_routed_experts": 8}
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    size |= {"num_experts_per_tok": top_k, "first_k_dense_replace": 0}
+    config = hf.Glm4MoeConfig(**size, n_group=groups, topk_group=limit)
+    (term,) = recommended(hf.Glm4MoeForCausalLM(config))
+    assert term == told if told else isinstance(term, Loss)
 
 
 def test_a_family_without_one_gets_a_loss() -> None:

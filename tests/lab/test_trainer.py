@@ -13,6 +13,7 @@ import torch
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load, train
+from equipoise.lab.experiments import frontier
 from equipoise.lab.experiments.recipe import CANDIDATES
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
@@ -391,7 +392,7 @@ def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("router", "balance"),
     [
-        ("sigmoid", CANDIDATES["sign, decaying"].format(steps=6)),
+        ("sigmoid", frontier.METHODS["quantile"]),
         ("mixtral", CANDIDATES["switch, decaying"].format(steps=6)),
     ],
 )

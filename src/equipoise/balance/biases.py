@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.balance.controllers.margins import GroupLimit
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite
 from equipoise.models.describe import BIAS_NAMES
 from equipoise.models.selection import BiasedSelection, refuse_without_selection
+from equipoise.nn.selection import GroupLimited
 
 
 class LayerBias:
@@ -113,6 +115,20 @@ def own_bias(site: RouterSite, holders: Iterable[nn.Module]) -> tuple[nn.Module,
         ]:
             if re.search(BIAS_NAMES, name) and tensor.numel() == width:
                 return module, name
+    return None
+
+
+def group_limit(site: RouterSite, holders: Iterable[nn.Module]) -> GroupLimit | None:
+    """The limit on groups under which a router selects, as `equipoise.nn`'s and DeepSeek-V3's tell it."""
+    for module in holders:
+        selection = getattr(module, "selection", None)
+        if isinstance(selection, GroupLimited):
+            return GroupLimit(selection.groups, selection.limit, selection.per_group)
+        groups = getattr(module, "num_group", getattr(module, "n_group", None))
+        limit = getattr(module, "topk_group", None)
+        if isinstance(groups, int) and isinstance(limit, int):
+            best = min(2, site.num_experts // groups)
+            return GroupLimit(groups, limit, best) if limit < groups else None
     return None
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from equipoise.balance.arguments import check_arguments
-from equipoise.balance.biases import own_bias
-from equipoise.balance.controllers import Sign, cosine
+from equipoise.balance.biases import group_limit, own_bias
+from equipoise.balance.controllers import Quantile, cosine
+from equipoise.balance.controllers.margins import GroupLimit
 from equipoise.balance.places import holders, sites_of
 from equipoise.balance.terms import Bias, Loss
 from equipoise.errors import EquipoiseError
+from equipoise.models import RouterSite
 from equipoise.models.scan import Scan
 
 INDEPENDENT = ("sigmoid", "sqrtsoftplus")
@@ -19,13 +23,13 @@ INDEPENDENT = ("sigmoid", "sqrtsoftplus")
 def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ...]:
     """Balancing terms for `attach(model, *recommended(model), optimizer=optimizer)`.
 
-    steps: optimizer steps over which the strength falls, at best those of the run.
+    steps: optimizer steps over which a loss falls, at best those of the run.
 
-    Strong first, when experts starve, and about as weak in the end as is published. A model whose every
-    router has a selection bias of its own on sigmoid scores (DeepSeek-V3, GLM-4 MoE, ...) gets that bias
-    moved by `Sign`, its rate falling from 0.02 to 0.0005 by a cosine; the bias stays in its checkpoints.
-    The others would lose a bias when they are saved: they get the Switch loss over the global batch,
-    its weight falling from 0.1 to 0.01. Provisional: docs/balance.md says what this rests on.
+    A model whose every router has a selection bias of its own on sigmoid scores (DeepSeek-V3, GLM-4 MoE,
+    ...) gets that bias set by `Quantile`, under its group limits; the bias stays in its checkpoints. The
+    others would lose a bias when they are saved: they get the Switch loss over the global batch, its
+    weight falling from 0.1, when experts starve, to the published 0.01. docs/balance.md says what this
+    rests on.
 
     Raises EquipoiseError for a model without routers, and for steps below 1.
     """
@@ -36,6 +40,16 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
         )
     scan = Scan(model)
     sites = sites_of(model, None)
-    if all(s.score_function in INDEPENDENT and own_bias(s, holders(scan, s)) for s in sites):
-        return (Bias(Sign(rate=cosine(start=0.02, end=0.0005, steps=steps))),)
+    held = [(site, holders(scan, site)) for site in sites]
+    if all(s.score_function in INDEPENDENT and own_bias(s, modules) for s, modules in held):
+        limits = {group_limit(site, modules) for site, modules in held}
+        if len(limits) == 1 and all(_leaves_a_choice(limit, sites) for limit in limits):
+            return (Bias(Quantile(groups=limits.pop())),)
     return (Loss("switch", scope="global", weight=cosine(start=0.1, end=0.01, steps=steps)),)
+
+
+def _leaves_a_choice(limit: GroupLimit | None, sites: Sequence[RouterSite]) -> bool:
+    """Whether a token's groups hold more experts than it selects: else no bias balances within them."""
+    return limit is None or all(
+        site.top_k < site.num_experts // limit.num_groups * limit.top_groups for site in sites
+    )

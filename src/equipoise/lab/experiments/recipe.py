@@ -24,7 +24,8 @@ CANDIDATES = {
 FINALISTS = ("sign, decaying", "switch, decaying", "switch, steered")
 """Run in as many paired seeds as the frontier's leaders. Chosen for what they need as much as by one seed of
 16 experts: `sign` need not know of group limits, as quantiles do, `switch, decaying` needs no target.
-`balance.recommended` gives the first two."""
+`balance.recommended` gives the frontier's `quantile` to models with a selection bias of their own, and
+`switch, decaying` to the others."""
 
 
 def configs(tier: str, seeds: int) -> list[Config]:
