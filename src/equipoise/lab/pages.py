@@ -167,7 +167,7 @@ def _setup(
         + "; ".join(f"{m} ({n} runs)" for m, n in machines.items())
         + ". Commits: "
         + ", ".join(commits)
-        + " (each run's in its environment.json; after a + code that was not committed)"
+        + " (each run's in its environment.json; +: with changes that were not committed)"
         + ". Torch "
         + ", ".join(sorted({r.environment["versions"]["torch"] for r in found}))
         + "."
