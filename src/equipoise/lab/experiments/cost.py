@@ -90,8 +90,8 @@ def _setup(page: Page, points: Points) -> None:
     page.text(
         f"""Machine: {made["gpu"] or made["processor"]}{threads}; its load average before each start:
         {busy} (mean of the minute before: of other programs, which may have taken time too). Commits:
-        {", ".join(points.commits)} (+: with changes that were not committed). Torch {made["versions"]["torch"]}. The points are
-        in
+        {", ".join(points.commits)} (+: with changes that were not committed). Torch
+        {made["versions"]["torch"]}. The points are in
         `runs/{page.name}.json`; `--redraw` makes this page from them."""
     )
 
