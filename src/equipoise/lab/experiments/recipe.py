@@ -90,9 +90,9 @@ def verdicts(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[s
     for name in FINALISTS:
         told = []
         for experts, methods in by_experts.items():
-            leaders = {n: methods[n] for n in frontier.LEADERS if n in methods}
+            leaders = {n: methods.get(n, ()) for n in frontier.LEADERS}
             mine = methods.get(name, ())
-            if all(len(runs) >= frontier.SEEDS for runs in (mine, *leaders.values())) and leaders:
+            if all(len(runs) >= frontier.SEEDS for runs in (mine, *leaders.values())):
                 place = places.setdefault(name, {})[experts] = _place(mine, leaders)
                 against = "; ".join(
                     f"against {leader} {_told(mine, runs)}" for leader, runs in leaders.items()
