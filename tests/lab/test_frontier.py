@@ -91,14 +91,13 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
     }
     methods = {**leaders, "sign 0.01": runs(3.88, 0.25), "sign, decaying": runs(3.80, 0.15)}
     few = {**methods, "quantile": runs(3.86, 0.2, range(4))}
-    assert "No candidate" in recipe.verdicts({16: few})[0]
+    assert "No candidate" in recipe.verdicts({"16 experts": few})[0]
     without = {name: found for name, found in methods.items() if name != "quantile"}
-    assert "No candidate" in recipe.verdicts({16: without})[0]  # the frontier may lie there
-    found = recipe.verdicts({16: methods, 64: few})
     assert (
-        found[0]
-        == "On or beyond the frontier wherever the seeds are run (16 experts): sign, decaying."
-    )
+        "No candidate" in recipe.verdicts({"16 experts": without})[0]
+    )  # the frontier may lie there
+    found = recipe.verdicts({"16 experts": methods, "64 experts": few})
+    assert found[0] == "On or beyond the frontier wherever its seeds are run: sign, decaying."
     assert found[1].startswith(
         "sign, decaying. 16 experts: beyond the frontier (against switch 0.01"
     )

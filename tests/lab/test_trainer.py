@@ -14,7 +14,7 @@ import torch
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load, train
 from equipoise.lab.experiments import frontier
-from equipoise.lab.experiments.recipe import CANDIDATES
+from equipoise.lab.experiments.recipe import FALLING, FINALISTS
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
 from equipoise.lab.trainer import Progress
@@ -393,7 +393,7 @@ def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -
     ("router", "balance"),
     [
         ("sigmoid", frontier.METHODS["quantile"]),
-        ("mixtral", CANDIDATES["switch, decaying"].format(steps=6)),
+        ("mixtral", FINALISTS[FALLING].format(steps=6)),
     ],
 )
 def test_recommended_is_what_the_model_can_keep(

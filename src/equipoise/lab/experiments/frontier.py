@@ -53,9 +53,12 @@ OTHERS = {
 """At 16 experts only: the rest of the catalogue."""
 LEADERS = (WEAK, STRONG, "sign 0.01", "quantile")
 """Methods in paired seeds: two biases at their evenest, and a loss at two strengths around them."""
+ROUTER = "sigmoid"
+Groups = Mapping[str, Mapping[str, Sequence[Result]]]
+"""Runs by group, as `16 experts`, and method."""
 
 
-def base(experts: int, tier: str = "cpu") -> Config:
+def base(experts: int, tier: str = "cpu", router: str = ROUTER) -> Config:
     """The run that every method of `experts` experts changes."""
     top_k, width = SHAPES[experts]
     whole = small() if tier == "cpu" else gpu()
@@ -64,7 +67,7 @@ def base(experts: int, tier: str = "cpu") -> Config:
         {
             **sizes,
             "model.experts": experts,
-            "model.router": "sigmoid",
+            "model.router": router,
             "tokens": 2_000_000 if tier == "cpu" else 100_000_000,
             "evaluation_tokens": 50_000,
             "trace": False,
@@ -72,11 +75,12 @@ def base(experts: int, tier: str = "cpu") -> Config:
     )
 
 
-def named(experts: int, methods: Mapping[str, str], tier: str) -> list[Config]:
-    """The runs of some methods at one number of experts."""
-    plain = base(experts, tier)
+def named(plain: Config, methods: Mapping[str, str]) -> list[Config]:
+    """The runs of some methods in the group of one config."""
+    router = "" if plain.model.router == ROUTER else f", {plain.model.router.partition('(')[0]}"
+    group = f"{plain.model.experts} experts{router}"
     return [
-        plain.change({"name": f"{experts} experts, {name}", "balance": balance})
+        plain.change({"name": f"{group}: {name}", "balance": balance})
         for name, balance in methods.items()
     ]
 
@@ -88,30 +92,30 @@ def configs(tier: str, seeds: int) -> list[Config]:
     shapes = SHAPES if tier == "cpu" else {64: SHAPES[64]}
     found: list[Config] = []
     for experts in shapes:
-        found += seeded(named(experts, leaders, tier), max(SEEDS, seeds))
+        found += seeded(named(base(experts, tier), leaders), max(SEEDS, seeds))
     for experts in shapes:
-        found += seeded(named(experts, others, tier), seeds)
+        found += seeded(named(base(experts, tier), others), seeds)
     if tier == "cpu":
-        found += seeded(named(16, OTHERS, tier), seeds)
+        found += seeded(named(base(16), OTHERS), seeds)
     return found
 
 
 def write(page: Page, results: Results) -> None:
     """A table for each number of experts, and the frontiers."""
-    by_experts = grouped(results)
+    groups = grouped(results)
     page.text(
         f"""Every method with the sigmoid router of DeepSeek-V3, so that biases and losses act on the same
-        scores. Shapes: {_shapes(by_experts)}. Losses in nats per token, mean of the domains, on 50,000
+        scores. Shapes: {_shapes(groups)}. Losses in nats per token, mean of the domains, on 50,000
         held-out tokens of each."""
     )
-    for experts, methods in by_experts.items():
-        page.heading(f"{experts} experts")
+    for group, methods in groups.items():
+        page.heading(group)
         page.table(HEAD, [row(page, name, runs, methods) for name, runs in methods.items()])
     page.text(READING)
-    page.step_times("`none`")
-    page.figure("frontier", CAPTION, lambda path: draw(by_experts, path))
+    page.step_times(f"`{REFERENCE}`")
+    page.figure("frontier", CAPTION, lambda path: draw(groups, path))
     page.heading("Findings")
-    page.bullets(*findings(by_experts))
+    page.bullets(*findings(groups))
     page.text(COMPARISONS)
 
 
@@ -137,24 +141,24 @@ HEAD = (
     "at equal MaxVio",
     "MaxVio_global (chance)",
     "MaxVio_batch at the end (chance)",
-    "step time, of none",
+    f"step time, of {REFERENCE}",
 )
 
 
-def _shapes(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> str:
+def _shapes(groups: Groups) -> str:
     told = []
-    for experts, methods in by_experts.items():
+    for group, methods in groups.items():
         model = next(iter(methods.values()))[0].config.model
-        told.append(f"{experts} experts, top-{model.top_k}, inner width {model.expert_size}")
+        told.append(f"{group}, top-{model.top_k}, inner width {model.expert_size}")
     return "; ".join(told)
 
 
-def grouped(results: Results) -> dict[int, dict[str, list[Result]]]:
-    """Runs by number of experts and method, as their names say."""
-    found: dict[int, dict[str, list[Result]]] = {}
+def grouped(results: Results) -> dict[str, dict[str, list[Result]]]:
+    """Runs by group and method, as their names say."""
+    found: dict[str, dict[str, list[Result]]] = {}
     for name, runs in results.items():
-        experts, _, method = name.partition(" experts, ")
-        found.setdefault(int(experts), {})[method] = list(runs)
+        group, _, method = name.partition(": ")
+        found.setdefault(group, {})[method] = list(runs)
     return found
 
 
@@ -184,7 +188,7 @@ def row(
     tenth = max(1, len(run.max_vio_batch) // 10)
     floor = run.final.max_vio_floor(run.config.model.top_k)
     return [
-        f"{run.config.model.experts} experts, {name}",
+        name,
         str(len(runs)),
         _spread([r.final.loss for r in runs], 3),
         "0" if name == REFERENCE else verdict(paired(runs, methods.get(REFERENCE, ()))),
@@ -192,7 +196,7 @@ def row(
         f"{_spread([r.final.max_vio for r in runs], 2)} ({number(floor, 3)})",
         f"{_spread([float(r.max_vio_batch[-tenth:].mean()) for r in runs], 2)} "
         f"({number(run.step_floor)})",
-        page.step_time(run, methods.get("none")),
+        page.step_time(run, methods.get(REFERENCE)),
     ]
 
 
@@ -216,10 +220,10 @@ def verdict(differences: Sequence[float]) -> str:
     return ", ".join(words)
 
 
-def findings(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[str]:
+def findings(groups: Groups) -> list[str]:
     """What the paired seeds show, in words made from the numbers."""
     found = []
-    for experts, methods in by_experts.items():
+    for group, methods in groups.items():
         reference = methods.get(REFERENCE, ())
         told = []
         for name, runs in methods.items():
@@ -234,21 +238,21 @@ def findings(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[s
         if told:
             load = float(np.mean([r.final.max_vio for r in reference]))
             found.append(
-                f"{experts} experts, loss against {REFERENCE} (MaxVio {load:.2f}): {'. '.join(told)}."
+                f"{group}, loss against {REFERENCE} (MaxVio {load:.2f}): {'. '.join(told)}."
             )
     return found or [
         f"No method has the {SEEDS} paired seeds yet that a statement about losses takes."
     ]
 
 
-def draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
-    """Loss difference against MaxVio, a panel for each number of experts."""
-    figure, axes = figures.canvas(len(by_experts), width=9.0, height=4.2)
+def draw(groups: Groups, path: Path) -> None:
+    """Loss difference against MaxVio, a panel for each group."""
+    figure, axes = figures.canvas(len(groups), width=9.0, height=4.2)
     styles = {
         family: {"color": figures.COLOURS[n % 10], "marker": "os^"[n // 10 % 3]}
-        for n, family in enumerate(_families(by_experts))
+        for n, family in enumerate(_families(groups))
     }
-    for axis, (experts, methods) in zip(axes[0], by_experts.items(), strict=True):
+    for axis, (group, methods) in zip(axes[0], groups.items(), strict=True):
         axis.axhspan(-MARGIN, MARGIN, color="#f0f0f0", zorder=0)
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for name, runs in methods.items():
@@ -263,7 +267,7 @@ def draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -
                 xs, ys, np.nan_to_num(halves), markersize=4, linewidth=1, label=family, capsize=2,
                 **styles[family],
             )  # fmt: skip
-        axis.set(title=f"{experts} experts", xlabel="MaxVio_global", xscale="log")
+        axis.set(title=group, xlabel="MaxVio_global", xscale="log")
         figures.few_ticks(axis.xaxis)
     axes[0, 0].set_ylabel(f"loss less {REFERENCE}, nats")
     figures.legend(figure, axes[0])
@@ -276,8 +280,8 @@ def family_of(name: str) -> str:
     return head if head and last.replace(".", "").isdigit() else name
 
 
-def _families(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[str]:
-    return list(dict.fromkeys(family_of(n) for methods in by_experts.values() for n in methods))
+def _families(groups: Groups) -> list[str]:
+    return list(dict.fromkeys(family_of(n) for methods in groups.values() for n in methods))
 
 
 EXPERIMENT = Experiment(

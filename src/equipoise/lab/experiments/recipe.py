@@ -12,56 +12,67 @@ from equipoise.lab.experiments import frontier
 from equipoise.lab.experiments.base import Experiment, Page, Results, draw_load, number, seeded
 from equipoise.lab.results import Result, mean_interval, settled
 
+FALLING = "switch, decaying"
 CANDIDATES = {
     "quantile, ema 0.9": "quantile(ema=0.9)",
-    "sign, decaying": "sign(rate=cosine(start=0.02, end=0.0005, steps={steps}))",
-    "quantile and switch 0.001": "quantile(ema=0.9) + switch(scope=global, weight=0.001)",
-    "quantile and sequence 0.0001": "quantile(ema=0.9) + switch(scope=sequence, weight=0.0001)",
-    "switch, steered": "switch(scope=global, weight=target_max_vio(target=0.3))",
-    "switch, decaying": "switch(scope=global, weight=cosine(start=0.1, end=0.01, steps={steps}))",
+    "quantile, ema 0.9, and switch 0.001": "quantile(ema=0.9) + switch(scope=global, weight=0.001)",
+    "quantile, ema 0.9, and sequence 0.0001": (
+        "quantile(ema=0.9) + switch(scope=sequence, weight=0.0001)"
+    ),
 }
-"""Of a bias, of a bias and a loss, and of a loss alone, for models that have no place for a bias."""
-FINALISTS = ("sign, decaying", "switch, decaying", "switch, steered")
-"""Run in as many paired seeds as the frontier's leaders. Chosen for what they need as much as by one seed of
-16 experts: `sign` need not know of group limits, as quantiles do, `switch, decaying` needs no target.
-`balance.recommended` gives the frontier's `quantile` to models with a selection bias of their own, and
-`switch, decaying` to the others."""
+"""In one seed of 16 experts."""
+FINALISTS = {
+    "sign, decaying": "sign(rate=cosine(start=0.02, end=0.0005, steps={steps}))",
+    FALLING: "switch(scope=global, weight=cosine(start=0.1, end=0.01, steps={steps}))",
+    "switch, steered": "switch(scope=global, weight=target_max_vio(target=0.3))",
+    "quantile and switch 0.001": "quantile + switch(scope=global, weight=0.001)",
+    "quantile and sequence 0.0001": "quantile + switch(scope=sequence, weight=0.0001)",
+}
+"""In as many paired seeds as the frontier's leaders, with 16 experts."""
+GO_ON: tuple[str, ...] = ()
+"""Finalists that are not behind the frontier of 16 experts: with 64 and 256, too."""
+SOFTMAX = "softmax(weighting=scores)"
+LOSSES = (frontier.WEAK, frontier.STRONG)
+"""The leaders for models with a softmax router, which have no place to keep a bias."""
 
 
 def configs(tier: str, seeds: int) -> list[Config]:
-    """All candidates at every number of experts, then the finalists in seeds, with the leaders."""
-    shapes = frontier.SHAPES if tier == "cpu" else {64: frontier.SHAPES[64]}
-    steps = frontier.base(next(iter(shapes)), tier).steps
-    candidates = {name: balance.format(steps=steps) for name, balance in CANDIDATES.items()}
-    finalists = {name: candidates.pop(name) for name in FINALISTS}
+    """Candidates, finalists and leaders with a sigmoid router, then losses with a softmax router."""
+    shapes = tuple(frontier.SHAPES) if tier == "cpu" else (64,)
+    first, several = shapes[0], max(frontier.SEEDS, seeds)
+    steps = frontier.base(first, tier).steps
+    finalists = {name: balance.format(steps=steps) for name, balance in FINALISTS.items()}
     leaders = {name: frontier.METHODS[name] for name in frontier.LEADERS}
-    found: list[Config] = []
+    losses = {**{name: leaders[name] for name in LOSSES}, FALLING: finalists[FALLING]}
+    found = seeded(frontier.named(frontier.base(first, tier), CANDIDATES), seeds)
     for experts in shapes:
-        found += seeded(frontier.named(experts, candidates, tier), seeds)
-    for experts in shapes:
-        several = frontier.named(experts, {**leaders, **finalists}, tier)
-        found += seeded(several, max(frontier.SEEDS, seeds))
+        held = finalists if experts == first else {name: finalists[name] for name in GO_ON}
+        plain = frontier.base(experts, tier)
+        found += seeded(frontier.named(plain, {**leaders, **held}), several)
+    for experts in shapes[:2]:
+        plain = frontier.base(experts, tier, SOFTMAX)
+        found += seeded(frontier.named(plain, losses), several)
     return found
 
 
 def write(page: Page, results: Results) -> None:
     """A table for each number of experts, how fast balance comes, and a verdict."""
-    by_experts = frontier.grouped(results)
-    for experts, methods in by_experts.items():
-        page.heading(f"{experts} experts")
+    groups = frontier.grouped(results)
+    for group, methods in groups.items():
+        page.heading(group)
         page.table(
-            (*frontier.HEAD, f"steps, of {_steps(by_experts)}, until MaxVio_batch stays below 0.5"),
+            (*frontier.HEAD, f"steps, of {_steps(groups)}, until MaxVio_batch stays below 0.5"),
             [
                 [*frontier.row(page, name, runs, methods), _settled(runs)]
                 for name, runs in methods.items()
             ],
         )
     page.text(frontier.READING)
-    page.step_times("`none`")
-    page.figure("frontier", frontier.CAPTION, lambda path: frontier.draw(by_experts, path))
-    page.figure("over-time", _OVER_TIME, lambda path: _draw(by_experts, path))
+    page.step_times(f"`{frontier.REFERENCE}`")
+    page.figure("frontier", frontier.CAPTION, lambda path: frontier.draw(groups, path))
+    page.figure("over-time", _OVER_TIME, lambda path: _draw(groups, path))
     page.heading("Verdict")
-    page.bullets(*verdicts(by_experts))
+    page.bullets(*verdicts(groups))
     page.text(_PLACES, frontier.COMPARISONS)
 
 
@@ -71,8 +82,8 @@ of it is better. Beyond: none is, and the candidate is better than one of it. On
 _OVER_TIME = "MaxVio of each step's tokens over training, mean of the last 10 steps (seed 0)."
 
 
-def _steps(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> int:
-    return next(iter(next(iter(by_experts.values())).values()))[0].config.steps
+def _steps(groups: frontier.Groups) -> int:
+    return next(iter(next(iter(groups.values())).values()))[0].config.steps
 
 
 def _settled(runs: Sequence[Result]) -> str:
@@ -83,30 +94,33 @@ def _settled(runs: Sequence[Result]) -> str:
     return number(float(np.median(kept)), 0)
 
 
-def verdicts(by_experts: Mapping[int, Mapping[str, Sequence[Result]]]) -> list[str]:
-    """For each finalist and number of experts: beyond, on, or behind the leaders' frontier."""
+def leaders(group: str) -> tuple[str, ...]:
+    """The methods that a group's frontier is made of."""
+    return LOSSES if group.endswith("softmax") else frontier.LEADERS
+
+
+def verdicts(groups: frontier.Groups) -> list[str]:
+    """For each finalist and group: beyond, on, or behind the leaders' frontier."""
     found = []
-    places: dict[str, dict[int, str]] = {}
+    places: dict[str, dict[str, str]] = {}
     for name in FINALISTS:
         told = []
-        for experts, methods in by_experts.items():
-            leaders = {n: methods.get(n, ()) for n in frontier.LEADERS}
+        for group, methods in groups.items():
+            best = {n: methods.get(n, ()) for n in leaders(group)}
             mine = methods.get(name, ())
-            if all(len(runs) >= frontier.SEEDS for runs in (mine, *leaders.values())):
-                place = places.setdefault(name, {})[experts] = _place(mine, leaders)
+            if all(len(runs) >= frontier.SEEDS for runs in (mine, *best.values())):
+                place = places.setdefault(name, {})[group] = _place(mine, best)
                 against = "; ".join(
-                    f"against {leader} {_told(mine, runs)}" for leader, runs in leaders.items()
+                    f"against {leader} {_told(mine, runs)}" for leader, runs in best.items()
                 )
-                told.append(f"{experts} experts: {place} the frontier ({against})")
+                told.append(f"{group}: {place} the frontier ({against})")
         if told:
             found.append(f"{name}. {'. '.join(told)}.")
     if not found:
         return [f"No candidate has the {frontier.SEEDS} paired seeds yet that a verdict takes."]
     held = [n for n, at in places.items() if "behind" not in at.values()]
-    tried = ", ".join(str(n) for n in by_experts if any(n in at for at in places.values()))
     return [
-        f"On or beyond the frontier wherever the seeds are run ({tried} experts): "
-        f"{', '.join(held) or 'no candidate'}.",
+        f"On or beyond the frontier wherever its seeds are run: {', '.join(held) or 'no candidate'}.",
         *found,
     ]
 
@@ -143,10 +157,10 @@ def _told(mine: Sequence[Result], theirs: Sequence[Result]) -> str:
     return f"loss {frontier.verdict(losses)}, MaxVio {mean:+.2f} ± {half:.2f}"
 
 
-def _draw(by_experts: Mapping[int, Mapping[str, Sequence[Result]]], path: Path) -> None:
+def _draw(groups: frontier.Groups, path: Path) -> None:
     panels = {
-        f"{experts} experts": {name: runs[0] for name, runs in methods.items()}
-        for experts, methods in by_experts.items()
+        group: {name: runs[0] for name, runs in methods.items()}
+        for group, methods in groups.items()
     }
     draw_load(panels, path, window=10, width=9.0)
 
@@ -155,15 +169,16 @@ EXPERIMENT = Experiment(
     "recipe",
     "A better recipe",
     """Is there a combination of published methods that is on or beyond the frontier of the single ones at
-    every number of experts? Candidates of two kinds: biases, which a model with a selection bias of its
-    own keeps in its checkpoint, and losses, for the others. The frontier's leaders are
-    `frontier`'s own runs.""",
+    every number of experts? Finalists are run with 16 experts, in the seeds of `frontier`'s leaders, and go
+    on to 64 and 256 if they are not behind there. Models with a softmax router have no place to keep a
+    bias: for them it is asked of losses alone.""",
     configs,
     write,
     (
         """that a candidate is better where runs are longer: these see few tokens a parameter;""",
         """that the finalists are the best candidates: they were settled on when one seed of 16 experts had
-        been seen, in which others were ahead of them, and that seed is one of the five;""",
-        """anything about softmax routers, capacity, or models that are fine-tuned.""",
+        been seen, the two with `quantile` when all five of `quantile` had, and those seeds are among
+        the five;""",
+        """anything about capacity, or models that are fine-tuned.""",
     ),
 )
