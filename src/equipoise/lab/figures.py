@@ -44,6 +44,15 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 8.0, height: float
     return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
 
 
+def panels(count: int, *, width: float, height: float, columns: int = 3) -> Any:
+    """A figure, and one axis each for so many panels, row by row."""
+    wide = min(count, columns)
+    figure, axes = canvas(wide, -(-count // wide), width=width, height=height)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, axes.flat[:count]
+
+
 def save(figure: Any, path: Path) -> None:
     """Write an SVG, and close the figure."""
     from matplotlib import pyplot as plt

@@ -94,16 +94,16 @@ def draw_load(
     panels: Mapping[str, Mapping[str, Result]], path: Path, *, window: int, width: float = 8.0
 ) -> None:
     """MaxVio_batch over training, mean of `window` steps: a panel for each title, a line a run."""
-    figure, axes = figures.canvas(len(panels), width=width, height=4.2)
+    figure, axes = figures.panels(len(panels), width=width, height=4.2)
     names = [name for runs in panels.values() for name in runs]
-    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+    for axis, (title, runs) in zip(axes, panels.items(), strict=True):
         curves = {n: (r.tokens / 1e6, smooth(r.max_vio_batch, window)) for n, r in runs.items()}
         floor = next(iter(runs.values())).step_floor
         figures.lines(
             axis, curves, title=title, x="million tokens", y="MaxVio_batch",
             floor=floor, log=True, names=names,
         )  # fmt: skip
-    figures.legend(figure, axes[0])
+    figures.legend(figure, axes)
     figures.save(figure, path)
 
 

@@ -247,12 +247,12 @@ def findings(groups: Groups) -> list[str]:
 
 def draw(groups: Groups, path: Path) -> None:
     """Loss difference against MaxVio, a panel for each group."""
-    figure, axes = figures.canvas(len(groups), width=9.0, height=4.2)
+    figure, axes = figures.panels(len(groups), width=9.0, height=4.2)
     styles = {
         family: {"color": figures.COLOURS[n % 10], "marker": "os^"[n // 10 % 3]}
         for n, family in enumerate(_families(groups))
     }
-    for axis, (group, methods) in zip(axes[0], groups.items(), strict=True):
+    for axis, (group, methods) in zip(axes, groups.items(), strict=True):
         axis.axhspan(-MARGIN, MARGIN, color="#f0f0f0", zorder=0)
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for name, runs in methods.items():
@@ -269,8 +269,9 @@ def draw(groups: Groups, path: Path) -> None:
             )  # fmt: skip
         axis.set(title=group, xlabel="MaxVio_global", xscale="log")
         figures.few_ticks(axis.xaxis)
-    axes[0, 0].set_ylabel(f"loss less {REFERENCE}, nats")
-    figures.legend(figure, axes[0])
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(f"loss less {REFERENCE}, nats")
+    figures.legend(figure, axes)
     figures.save(figure, path)
 
 
