@@ -96,6 +96,8 @@ def test_logits_of_the_exported_model_are_those_of_the_trained_one(
         ({"router": "soft"}, "soft"),
         ({"router": "sigmoid(precision=bfloat16)"}, "precision"),
         ({"router": "sigmoid(score_function=softmax)"}, "score_function"),
+        ({"router": "sigmoid(weighting=equal)"}, "weighs"),
+        ({"router": "softmax(weighting=equal)"}, "weighs"),
         ({"router": "softmax(weighting=scores)"}, "selection bias"),
         ({"capacity": "capacity(factor=1.5)"}, "limits the load"),
     ],

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load, train
+from equipoise.lab.corpus import load_corpus
+from equipoise.lab.evaluate import evaluate
 from equipoise.lab.experiments import frontier
 from equipoise.lab.experiments.recipe import FALLING, FINALISTS
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
 from equipoise.lab.trainer import Progress
+from equipoise.lab.weights import OUTSIDE, rebuilt
 
 Configure = Callable[..., Config]
 
@@ -403,3 +407,30 @@ def test_recommended_is_what_the_model_can_keep(
         train(configure(model__router=router, balance=text), tmp_path / name)
     assert same_weights(tmp_path / "named", tmp_path / "spelt")
     assert not same_weights(tmp_path / "named", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("router", "balance"),
+    [
+        ("mixtral", "sign(rate=0.2)"),
+        ("sigmoid", "multiplicative(rate=0.5)"),
+        ("mixtral", "lifecycle(reserve=0.5)"),
+    ],
+)
+def test_a_bias_that_the_router_has_no_place_for_is_kept_with_the_weights(
+    configure: Configure, tmp_path: Path, router: str, balance: str
+) -> None:
+    config = configure(model__router=router, balance=balance)
+    said: list[str] = []
+    result = train(config, tmp_path, say=said.append)
+    assert result["saved"]["model"] is None  # transformers has no place for it either
+    assert any("has no place for it" in line for line in said)
+    model = load(tmp_path)
+    length, tokens = config.data.row_length, config.evaluation_tokens
+    found = evaluate(model, load_corpus(config.data), length, tokens=tokens)
+    kept = RunFolder(tmp_path).read("evaluations.json")[-1]
+    assert found.counts.tolist() == kept["counts"]
+    state = load_file(tmp_path / "weights.safetensors")
+    plain = rebuilt(config, {n: v for n, v in state.items() if not n.startswith(OUTSIDE)})
+    bare = evaluate(plain, load_corpus(config.data), length, tokens=tokens)
+    assert bare.counts.tolist() != kept["counts"]

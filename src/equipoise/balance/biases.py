@@ -22,7 +22,10 @@ from equipoise.nn.selection import GroupLimited
 
 
 class LayerBias:
-    """The selection bias of one layer [E], float32, wherever the model has it."""
+    """The selection bias of one layer [E], float32, wherever the model has it.
+
+    `acts`: it is "add"ed to the scores, or they "multiply" by it. `own`: the model holds it itself.
+    """
 
     def __init__(
         self,
@@ -33,7 +36,7 @@ class LayerBias:
         *,
         acts: str = "add",
     ) -> None:
-        self.site = site
+        self.site, self.acts = site, acts
         self._undo: list[Callable[[], None]] = []
         multiply = acts == "multiply"
         found = None if multiply else own_bias(site, holders)

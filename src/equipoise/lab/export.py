@@ -56,6 +56,8 @@ def target_of(model: LanguageModel) -> Target | str:
         return (
             f"no architecture of transformers has the router {call} ({', '.join(sorted(unknown))})"
         )
+    if options.get("weighting") == "equal":
+        return f"no architecture of transformers weighs as the router {call}"
     if options.get("precision", "float32") != "float32":
         return "routers of other precision than float32 would select otherwise there"
     if call.name == "sigmoid":

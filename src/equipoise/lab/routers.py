@@ -41,6 +41,11 @@ def check_router(model: ModelConfig, call: Call) -> None:
             f"model.router={str(call)!r} with model.top_k=1 makes every weight 1, so that the router "
             "gets no gradient; use weighting=scores."
         )
+    if dict(call.options).get("null_experts"):
+        raise EquipoiseError(
+            f"model.router={str(call)!r}: the layers of this model have no null experts. Leave out "
+            "null_experts."
+        )
     if model.capacity != "none" and call.name in (*VARIABLE, "soft"):
         raise EquipoiseError(
             f"model.capacity={model.capacity!r} is for routers with a fixed top-k, not "

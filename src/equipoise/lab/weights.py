@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from equipoise.balance.biases import LayerBias
+from equipoise.balance.places import holders, selecting, sites_of
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import load_corpus, tokenizer_for_transformers
@@ -15,6 +17,7 @@ from equipoise.lab.folder import RunFolder
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.saving import saving
 from equipoise.lab.states import whole_state
+from equipoise.models.scan import Scan
 
 if TYPE_CHECKING:
     from equipoise.lab.run import Run
@@ -22,9 +25,13 @@ if TYPE_CHECKING:
 FILE = "weights.safetensors"
 
 
+OUTSIDE = "outside_bias"
+"""Begins the names of selection biases that the routers have no place for, as balancing put them on."""
+
+
 def save_model(run: Run, path: Path) -> dict[str, Any]:
     """Write the weights, and the model for transformers where an architecture fits; says which."""
-    state = whole_state(run.model, run.plain, run.processes)
+    state = {**whole_state(run.model, run.plain, run.processes), **_outside(run)}
     found: dict[str, Any] = {}
     with run.processes.together():
         if run.processes.first:
@@ -36,6 +43,11 @@ def _save(run: Run, state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     _write(state, path / FILE)
     model = rebuilt(run.config, state)
     target = target_of(model)
+    if any(name.startswith(OUTSIDE) for name in state):
+        target = (
+            f"balance={run.config.balance} put a selection bias on model.router="
+            f"{run.config.model.router}, which has no place for it"
+        )
     if isinstance(target, str):
         run.say(f"Not saved for transformers: {target}. equipoise.lab.load reads {path / FILE}.")
         return {"weights": FILE, "model": None, "why": target}
@@ -50,6 +62,27 @@ def _save(run: Run, state: dict[str, Tensor], path: Path) -> dict[str, Any]:
         made.save_pretrained(path / "model")
         tokenizer.save_pretrained(path / "model")
     return {"weights": FILE, "model": "model", "architecture": target.name}
+
+
+def _outside(run: Run) -> dict[str, Tensor]:
+    """Biases that do not act as if they were not there, by layer and by how they act."""
+    biases = [] if run.handle is None else run.handle.biases
+    outside = {f"{OUTSIDE}.{n}.{b.acts}": b.read() for n, b in enumerate(biases) if not b.own}
+    return {
+        name: bias_E.clone()
+        for name, bias_E in outside.items()
+        if bool((bias_E != float(name.endswith("multiply"))).any())
+    }
+
+
+def _put_on(model: LanguageModel, outside: dict[str, Tensor]) -> None:
+    """Let the routers select as they did in training."""
+    scan, sites = Scan(model), sites_of(model, None)
+    for name, bias_E in outside.items():
+        _, number, acts = name.split(".")
+        site = sites[int(number)]
+        where = selecting(scan, site)
+        LayerBias(site, holders(scan, site), where, bias_E.device, acts=acts).write(bias_E)
 
 
 def _write(state: dict[str, Tensor], path: Path) -> None:
@@ -68,9 +101,13 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
 def rebuilt(config: Config, state: dict[str, Tensor]) -> LanguageModel:
     """A model of its own with these weights."""
     model = LanguageModel(config.model, config.data.vocab_size)
+    state = {name: value.cpu() for name, value in state.items()}
+    outside = {name: state.pop(name) for name in list(state) if name.startswith(OUTSIDE)}
     if config.model.tied:
-        state = {**state, "head.weight": state["embedding.weight"]}
-    model.load_state_dict({name: value.cpu() for name, value in state.items()})
+        state["head.weight"] = state["embedding.weight"]
+    model.load_state_dict(state)
+    if outside:
+        _put_on(model, outside)
     return model.eval()
 
 

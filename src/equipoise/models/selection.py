@@ -92,7 +92,8 @@ class _BiasedTopK(TorchFunctionMode):
             # Families that limit groups fill what they rule out with 0 or -inf.
             out = values <= 0 if self.function == "probabilities" else values.isneginf()
             scores = values.masked_fill(out, float("-inf"))
-        return scores * self.bias_E if self.multiply else scores + self.bias_E
+        bias_E = self.bias_E.to(scores.device)  # a model may be moved after it was attached
+        return scores * bias_E if self.multiply else scores + bias_E
 
 
 class BiasedSelection:
