@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ from equipoise.lab.experiments.base import Experiment, seeded
 from equipoise.lab.grid import Grid, missing
 from equipoise.lab.results import Result, folder_of, identity
 from equipoise.lab.trainer import train
-from tests.lab.made_up import SMALL
+from tests.lab.made_up import SMALL, write_text
 from tests.signals import heed_ctrl_c
 
 GRIDS = [name for name, experiment in EXPERIMENTS.items() if experiment.measure is None]
@@ -54,6 +57,12 @@ def test_an_experiment_becomes_a_page_with_its_figures(
     configs = shrunk(experiment, configure())
     for config in configs[:3]:
         train(config, folder_of(tmp_path / "runs", config), save=False)
+    for config in configs[:3]:  # whichever run is the only one, as when a grid is stopped
+        pages.write_page(experiment, [config], tmp_path, "cpu")
+    other = configs[0].change({"seed": 1})
+    shutil.copytree(folder_of(tmp_path / "runs", configs[0]), folder_of(tmp_path / "runs", other))
+    alone = pages.write_page(experiment, [other], tmp_path, "cpu", 2).read_text()
+    assert f"`equipoise lab {name} --seeds 2`: 1 of 1 runs" in alone
     path = pages.write_page(experiment, configs, tmp_path, "cpu")
     text = path.read_text()
     assert all(f"| {config.name}" in text for config in configs[:3])
@@ -119,6 +128,46 @@ def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
     assert whole is not None
     assert (found.counts == whole.counts).all()
     assert (found.column("loss") == whole.column("loss")).all()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_by_itself_does_not_hold_the_grid(
+    tmp_path: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ends by a signal and saves, one is killed."""
+    configs = [
+        configure(name=name, tokens=8 * 16 * 3000, checkpoint_seconds=0, seed=seed)
+        for seed, name in enumerate(("stopped", "killed"))
+    ]
+    grid, listened = Grid(configs, tmp_path, 2), Grid._listen
+    signals = [signal.SIGTERM, signal.SIGKILL]
+
+    def listen(grid: Grid, news: Any, jobs: Any) -> None:
+        if signals and len({file.parent for file in tmp_path.glob("*/checkpoint-*.pt")}) == 2:
+            for job in jobs.values():
+                os.kill(job.process.pid, signals.pop(0))
+        listened(grid, news, jobs)
+
+    monkeypatch.setattr(Grid, "_listen", listen)
+    with pytest.raises(EquipoiseError, match="2 of 2 runs failed"):
+        grid.run()
+    assert missing(configs, tmp_path) == configs
+    assert any("the same command goes on" in line for line in grid.failures)
+    assert any("ended with -9" in line for line in grid.failures)
+
+
+def test_finished_runs_of_another_text_are_refused(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure()
+    train(config, folder_of(tmp_path / "runs", config), save=False)
+    write_text(tmp_path / "other", seed=1)
+    other = config.change({"data.source": str(tmp_path / "other")})
+    with pytest.raises(EquipoiseError, match=r"1 finished runs .* another text than .*other"):
+        Grid([other], tmp_path / "runs", 1).run()
+    Grid([config], tmp_path / "runs", 1).run()
+    gone = config.change({"data.source": str(tmp_path / "gone")})
+    Grid([gone], tmp_path / "runs", 1).run()  # nothing to run, no text to compare
 
 
 def test_equal_configs_run_once(tmp_path: Path, configure: Callable[..., Config]) -> None:

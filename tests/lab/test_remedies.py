@@ -238,5 +238,9 @@ def test_findings_say_a_leak_only_beyond_its_interval() -> None:
     runs["shuffled"] = [fake("expert_choice(chunk=8, shuffle=True)", (0.050, 0.003))]
     (said,) = leaks._findings(runs)
     assert "Shuffled, chunks of 8 leak 0.030 ± 0.005 nats more, beyond its interval" in said
+    runs["shuffled"] = [fake("expert_choice(chunk=8, shuffle=True)", (-0.030, 0.010))]
+    (said,) = leaks._findings(runs)
+    assert "from 0: all (+0.001 ± 0.002)." in said
+    assert "falls, beyond its interval: shuffled (-0.030 ± 0.010)." in said
     assert "2048" not in said
     assert leaks.chunk(runs["all"][0]) == (2048, False)

@@ -22,6 +22,7 @@ from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
 from equipoise.lab.trainer import Progress
 from equipoise.lab.weights import OUTSIDE, rebuilt
+from equipoise.lock import HeldError
 
 Configure = Callable[..., Config]
 
@@ -65,13 +66,25 @@ def test_a_run_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_one(
     configure: Configure, tmp_path: Path, method: str
 ) -> None:
     config = configure(trace=False, **METHODS[method])
+    same_as_unbroken(config, tmp_path, stop=3)
+
+
+def test_a_run_stopped_where_it_evaluates_keeps_the_evaluation(
+    configure: Configure, tmp_path: Path
+) -> None:
+    same_as_unbroken(configure(trace=False, evaluate_every=2), tmp_path, stop=4)
+    kept = RunFolder(tmp_path / "stopped").read("evaluations.json")
+    assert [entry["step"] for entry in kept] == [2, 4, 6]
+
+
+def same_as_unbroken(config: Config, tmp_path: Path, stop: int) -> None:
     train(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "stopped", progress=stopped_at(3))
+        train(config, tmp_path / "stopped", progress=stopped_at(stop))
     assert not (tmp_path / "stopped" / "result.json").exists()
     said: list[str] = []
     train(config, tmp_path / "stopped", say=said.append)
-    assert "Going on after step 3 of 6." in said
+    assert f"Going on after step {stop} of 6." in said
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert figures(tmp_path / "whole").equals(figures(tmp_path / "stopped"))
     before, after = (RunFolder(tmp_path / n).read("evaluations.json") for n in ("whole", "stopped"))
@@ -111,6 +124,44 @@ def test_a_finished_run_is_left_as_it_is(configure: Configure, tmp_path: Path) -
     again = train(configure(), tmp_path / "a", say=said.append)
     assert again == result
     assert said[-1].endswith("is finished: nothing to do.")
+
+
+def test_two_processes_do_not_train_in_one_folder(configure: Configure, tmp_path: Path) -> None:
+    config = configure(trace=False)
+    said: list[str] = []
+
+    def second(now: Progress) -> None:
+        for force in (False, True):
+            with pytest.raises(HeldError, match=r"another process \(pid \d+\)") as refused:
+                train(config, tmp_path / "a", force=force)
+            said.append(str(refused.value))
+
+    train(config, tmp_path / "a", progress=second)
+    assert len(said) == 12
+    assert not (tmp_path / "a" / "run.lock").exists()
+    train(config, tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_where_a_run_went_on_is_noted(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(trace=False)
+    for step, commit in ((2, "one"), (4, "one"), (5, "two"), (None, "three")):
+        monkeypatch.setattr("equipoise.lab.folder.commit", lambda commit=commit: commit)
+        if step is None:
+            train(config, tmp_path)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path, progress=stopped_at(step))
+    train(config, tmp_path)  # finished: nothing was done by this one
+    first = RunFolder(tmp_path).read("environment.json")
+    assert [first["commit"], *(later["commit"] for later in first["later"])] == [
+        "one",
+        "two",
+        "three",
+    ]
+    assert "tokens" in first
 
 
 # -- stops ------------------------------------------------------------------------------------
@@ -173,7 +224,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     from equipoise.lab import trainer
 
-    after = trainer.Run._after_step
+    after = trainer.Run._evaluate_on_the_way
 
     def broken(run: Any) -> None:
         if run.step == 3:
@@ -181,7 +232,7 @@ def test_weights_that_are_not_finite_are_never_saved(
                 run.plain.norm.weight[0] = torch.inf
         after(run)
 
-    monkeypatch.setattr(trainer.Run, "_after_step", broken)
+    monkeypatch.setattr(trainer.Run, "_evaluate_on_the_way", broken)
     with pytest.raises(EquipoiseError, match=r"step 3: the weight norm\.weight is not finite"):
         train(configure(checkpoint_seconds=0), tmp_path / "a")
     assert RunFolder(tmp_path / "a").load_checkpoint()["step"] == 2

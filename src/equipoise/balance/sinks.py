@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from equipoise.errors import EquipoiseError, TraceError
-from equipoise.trace.files import Lock, PartWriter, list_array, prepare_folder
+from equipoise.trace.files import PartWriter, list_array, lock_part, prepare_folder
 from equipoise.trace.merge import read_manifests
 from equipoise.trace.schema import SEQUENCES_SCHEMA, Layer, Manifest, counts_schema, name_layers
 
@@ -111,7 +111,7 @@ class TraceSink:
         self._windows = 0
         if dist.is_available() and dist.is_initialized() and dist.get_rank(handle.book.group):
             return
-        self._lock = Lock(self.path, 0)
+        self._lock = lock_part(self.path, 0)
         try:
             if resume and self.path.exists() and any(self.path.glob("trace*.json")):
                 _continue(self.path, manifest)

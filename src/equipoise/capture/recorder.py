@@ -23,7 +23,7 @@ from equipoise.capture.sequences import SequenceBook, drop_unfinished, keep
 from equipoise.capture.writer import WriterThread
 from equipoise.errors import EquipoiseError, RoutingError, TraceError, nearest
 from equipoise.models import RouterSite, discover
-from equipoise.trace.files import Lock, PartWriter, prepare_folder
+from equipoise.trace.files import PartWriter, lock_part, prepare_folder
 from equipoise.trace.merge import open_trace, read_manifests
 from equipoise.trace.schema import LEVELS, OFF, WINDOW_TOKENS, Layer, Manifest, name_layers
 
@@ -153,7 +153,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         manifest = self._manifest
-        self._lock = Lock(self.path, manifest.rank)
+        self._lock = lock_part(self.path, manifest.rank)
         try:
             if self._resume:
                 self._continue()

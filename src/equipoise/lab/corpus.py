@@ -78,7 +78,7 @@ def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
     Raises EquipoiseError for a source that is not there, a domain that it does not have, and text
     that is too little for the vocabulary, the held-out part or one row.
     """
-    digest = _digest(config)
+    digest = digest_of(config)
     folder = Path(config.cache) / digest
     if not (folder / "meta.json").exists():
         _prepare(config, folder, say)
@@ -101,7 +101,7 @@ def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
     return Corpus(domains, folder, digest)
 
 
-def _digest(config: DataConfig) -> str:
+def digest_of(config: DataConfig) -> str:
     """Of the settings that tokens depend on, and of the text itself where it is in files."""
     hashed = hashlib.sha256()
     settings = {name: getattr(config, name) for name in _MEANING}

@@ -3,11 +3,12 @@
 | file | holds |
 |---|---|
 | `config.json` | every setting |
-| `environment.json` | versions, commit, machine, and the digest of the tokens |
+| `environment.json` | versions, commit, machine, and the digest of the tokens; `later`: others that went on |
 | `metrics.parquet` | a row per optimizer step: loss, rate, time, gradient norm, counts [L x E] |
 | `evaluations.json` | losses and counts by domain, for each evaluation |
 | `result.json` | written last: what the run came to |
 | `checkpoint-<step>-<rank>of<ranks>.pt` | while it is not finished |
+| `run.lock` | while a process trains it |
 | `model/`, `weights.safetensors` | for transformers; where no architecture of its fits, for this package |
 | `trace/` | routing of the last evaluation |
 | `figures/` | loss and load over training |
@@ -29,7 +30,9 @@ import torch
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, differences
 from equipoise.lab.saving import saving
+from equipoise.lock import Lock
 
+LOCK = "run.lock"
 LABELS = ("name", "checkpoint_seconds", "threads", "data.cache", "data.source")
 """Settings that may differ between a run and its resumption: they change no number of it, but for
 the rounding of sums under another number of threads. The text itself is compared by its digest."""
@@ -46,10 +49,18 @@ class RunFolder:
         """The run came to its end."""
         return (self.path / "result.json").exists()
 
+    def hold(self) -> Lock:
+        """Keep other processes out of the folder, which is made; HeldError where one is in it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise EquipoiseError(f"{self.path} is a file; choose a folder with --out.")
+        with saving(self.path / LOCK):
+            self.path.mkdir(parents=True, exist_ok=True)
+            return Lock(self.path / LOCK, self.path)
+
     def check(self, config: Config, digest: str) -> None:
         """Raise EquipoiseError where the folder holds something else than this run."""
         if not (self.path / "config.json").exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and any(file.name != LOCK for file in self.path.iterdir()):
                 raise EquipoiseError(
                     f"{self.path} is not empty and is no run's folder; choose another with --out."
                 )
@@ -82,8 +93,21 @@ class RunFolder:
             with saving(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.json", config.to_json())
+        here = environment()
         if not self._described:
-            self.write("environment.json", {**environment(), "tokens": digest})
+            self.write("environment.json", {**here, "tokens": digest})
+        elif not self.finished:
+            self._went_on(here)
+
+    def _went_on(self, here: dict[str, Any]) -> None:
+        """Note another commit, machine or version that goes on with the run."""
+        first = self.read("environment.json")
+        later = first.pop("later", [])
+        digest = first.pop("tokens")
+        here = json.loads(json.dumps(here))
+        if here not in (first, *later):
+            later.append(here)
+            self.write("environment.json", {**first, "tokens": digest, "later": later})
 
     @property
     def _described(self) -> bool:
@@ -92,7 +116,11 @@ class RunFolder:
     def _remove(self) -> None:
         if not (self.path / "config.json").exists():
             raise EquipoiseError(f"--force: {self.path} is no run's folder, and is left alone.")
-        shutil.rmtree(self.path)
+        for file in self.path.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != LOCK:
+                file.unlink()
 
     def config(self) -> Config:
         """The settings of the run that is there."""
@@ -174,6 +202,15 @@ def write_text(path: Path, text: str) -> None:
     with saving(unfinished):
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
+
+
+MACHINE = ("processor", "gpu", "cpus")
+
+
+def machine_of(environment: Mapping[str, Any]) -> str:
+    """What times depend on, beside the code."""
+    parts = [f"{name} {environment[name]}" for name in MACHINE if environment.get(name)]
+    return ", ".join([*parts, f"torch {environment['versions']['torch']}"])
 
 
 def environment() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
+from equipoise.lab.corpus import digest_of
 from equipoise.lab.results import Result, folder_of
 
 Say = Callable[[str], None]
@@ -28,6 +29,8 @@ class _Job:
     process: Any
     said: Any = None
     """Its last `Progress`."""
+    gone: bool = False
+    """Its process has ended, and no news of it has come."""
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Grid:
     pool: Path
     workers: int
     say: Say = lambda _: None
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Run all that is not finished; EquipoiseError, after the others, where some failed."""
@@ -46,6 +49,7 @@ class Grid:
         self.say(f"{len(self.configs)} runs, {len(self.configs) - len(waiting)} finished before.")
         if waiting:
             self._prepare(waiting)
+        check_text(self.configs, self.pool)
         context = mp.get_context("spawn")
         news = context.Queue()
         jobs: dict[int, _Job] = {}
@@ -65,9 +69,8 @@ class Grid:
                 job.process.terminate()
                 job.process.join()
         if self.failures:
-            first = next(iter(self.failures.items()))
             raise EquipoiseError(
-                f"{len(self.failures)} of {total} runs failed; the first, {first[0]}: {first[1]}"
+                f"{len(self.failures)} of {total} runs failed; the first, {self.failures[0]}"
             )
 
     def _prepare(self, waiting: Sequence[Config]) -> None:
@@ -83,7 +86,7 @@ class Grid:
             target=work, args=(number, config.to_json(), str(folder), news), daemon=False
         )
         process.start()
-        self.say(f"  {config.name}: begins ({config.steps} steps, {folder.name})")
+        self.say(f"  {_name(config)}: begins ({config.steps} steps, {folder.name})")
         return _Job(config, process)
 
     def _listen(self, news: Any, jobs: dict[int, _Job]) -> None:
@@ -101,21 +104,25 @@ class Grid:
         job.process.join()
         del jobs[number]
         if kind == "failed":
-            self.failures[job.config.name] = value
-            self.say(f"  {job.config.name}: FAILED: {value}")
+            self._failed(job, value)
         else:
             self.say(
-                f"  {job.config.name}: loss {value['loss']:.3f}, MaxVio {value['max_vio']:.2f}, "
+                f"  {_name(job.config)}: loss {value['loss']:.3f}, MaxVio {value['max_vio']:.2f}, "
                 f"{value['tokens'] / value['seconds']:,.0f} tokens/s"
             )
+
+    def _failed(self, job: _Job, why: str) -> None:
+        self.failures.append(f"{_name(job.config)}: {why}")
+        self.say(f"  {_name(job.config)}: FAILED: {why}")
 
     def _bury(self, jobs: dict[int, _Job]) -> None:
         """Take note of processes that ended without a word: killed, or out of memory."""
         for number, job in list(jobs.items()):
-            if not job.process.is_alive() and job.process.exitcode not in (0, None):
+            if job.gone:
                 del jobs[number]
-                self.failures[job.config.name] = f"ended with {job.process.exitcode}"
-                self.say(f"  {job.config.name}: ended with {job.process.exitcode}")
+                self._failed(job, f"ended with {job.process.exitcode}")
+            # What it said last may still be on its way: buried when nothing comes after its end.
+            job.gone = not job.process.is_alive()
 
     def _report(self, jobs: dict[int, _Job], done: int, total: int, begin: float) -> None:
         parts = []
@@ -125,7 +132,7 @@ class Grid:
             if p is not None:
                 under_way += p.step / p.steps
                 parts.append(
-                    f"{job.config.name} {p.step}/{p.steps} loss {p.loss:.2f} "
+                    f"{_name(job.config)} {p.step}/{p.steps} loss {p.loss:.2f} "
                     f"MaxVio {p.max_vio:.2f} (chance {p.floor:.2f}) {p.tokens_per_second:,.0f} tok/s"
                 )
         spent = time.monotonic() - begin
@@ -141,6 +148,29 @@ def missing(configs: Sequence[Config], pool: Path) -> list[Config]:
         if Result.find(pool, config) is None:
             found.setdefault(folder_of(pool, config), config)
     return list(found.values())
+
+
+def check_text(configs: Sequence[Config], pool: Path) -> None:
+    """Raise EquipoiseError for finished runs of another text than is there now."""
+    there = {c.data for c in configs if Path(c.data.source).expanduser().exists()}
+    digests = {data: digest_of(data) for data in there}
+    other = [
+        result.path
+        for config in configs
+        if config.data in digests
+        and (result := Result.find(pool, config)) is not None
+        and result.environment["tokens"] != digests[config.data]
+    ]
+    if other:
+        raise EquipoiseError(
+            f"{len(other)} finished runs in {pool}, such as {other[0].name}, are of another text than "
+            f"{configs[0].data.source} holds: give the text that they are of with --data, or choose "
+            "another folder with --out."
+        )
+
+
+def _name(config: Config) -> str:
+    return config.name if config.seed == 0 else f"{config.name}, seed {config.seed}"
 
 
 def work(number: int, text: str, folder: str, news: Any) -> None:
@@ -163,6 +193,6 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
     try:
         news.put((number, "done", train(config, folder, save=False, progress=progress)))
     except KeyboardInterrupt:
-        return  # asked to stop: it has saved
+        news.put((number, "failed", "stopped; the same command goes on with it"))
     except (EquipoiseError, RuntimeError, ValueError, OSError) as error:
         news.put((number, "failed", f"{type(error).__name__}: {error}"))

@@ -27,7 +27,8 @@ def linear_cross_entropy(
         return torch.cat(
             [F.cross_entropy(F.linear(h, weight_VD).float(), y, reduction="none") for h, y in parts]
         )
-    if hidden_TD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    made_here = hidden_TD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if not (made_here and torch.is_grad_enabled()):
         return F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), targets_T)
     loss: Tensor = _Chunked.apply(hidden_TD, weight_VD, targets_T)  # type: ignore[no-untyped-call]
     return loss

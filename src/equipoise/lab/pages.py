@@ -63,13 +63,13 @@ def run_experiment(
                 f"{pool} holds no finished run of {name!r} for tier {tier} and seeds={seeds}: run it "
                 "without --redraw first."
             )
-        return write_page(experiment, configs, Path(out), tier)
+        return write_page(experiment, configs, Path(out), tier, seeds)
     try:
         Grid(configs, pool, workers, say).run()
         measure(configs, turns_of(pool, experiment, tier), say)
     finally:
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
-            path = write_page(experiment, configs, Path(out), tier)
+            path = write_page(experiment, configs, Path(out), tier, seeds)
     return path
 
 
@@ -108,8 +108,10 @@ def _finished(configs: Sequence[Config], pool: Path) -> bool:
     return any(Result.find(pool, config) is not None for config in configs)
 
 
-def write_page(experiment: Experiment, configs: Sequence[Config], out: Path, tier: str) -> Path:
-    """The page of an experiment from the runs that are finished."""
+def write_page(
+    experiment: Experiment, configs: Sequence[Config], out: Path, tier: str, seeds: int = 1
+) -> Path:
+    """The page of an experiment from the runs that are finished; `seeds` were asked for."""
     by_name: dict[str, list[Result]] = {}
     for config in configs:
         result = Result.find(out / "runs", config)
@@ -120,7 +122,7 @@ def write_page(experiment: Experiment, configs: Sequence[Config], out: Path, tie
     page.blocks.append(f"# {experiment.title}")
     page.text(experiment.claim)
     if experiment.measure is None:
-        _setup(page, experiment, configs, by_name, tier)
+        _setup(page, experiment, configs, by_name, tier, seeds)
     experiment.write(page, by_name)
     page.heading("What may not be concluded")
     page.bullets(*experiment.limits)
@@ -134,15 +136,27 @@ def write_page(experiment: Experiment, configs: Sequence[Config], out: Path, tie
 
 
 def _setup(
-    page: Page, experiment: Experiment, configs: Sequence[Config], results: Results, tier: str
+    page: Page,
+    experiment: Experiment,
+    configs: Sequence[Config],
+    results: Results,
+    tier: str,
+    seeds: int,
 ) -> None:
     found = [result for runs in results.values() for result in runs]
     first = found[0]
     model, data = first.config.model, first.config.data
     size = first.summary["parameters"]
-    machines = Counter(_machine(r) for r in found)
-    commits = sorted({str(r.environment["commit"]) for r in found})
-    command = f"equipoise lab {experiment.name}" + ("" if tier == "cpu" else f" --tier {tier}")
+    environments = [e for r in found for e in r.environments]
+    machines = Counter(machine for r in found for machine in _machines(r))
+    commits = sorted({str(e["commit"]) for e in environments})
+    command = " ".join(
+        [
+            f"equipoise lab {experiment.name}",
+            *([] if tier == "cpu" else [f"--tier {tier}"]),
+            *([] if seeds == 1 else [f"--seeds {seeds}"]),
+        ]
+    )
     page.heading("What was run")
     page.text(
         f"`{command}`: {len(found)} of {len(configs)} runs finished, "
@@ -169,14 +183,22 @@ def _setup(
         + ", ".join(commits)
         + " (each run's in its environment.json; +: with changes that were not committed)"
         + ". Torch "
-        + ", ".join(sorted({r.environment["versions"]["torch"] for r in found}))
+        + ", ".join(sorted({e["versions"]["torch"] for e in environments}))
         + "."
     )
+    texts = {r.environment["tokens"] for r in found}
+    if len(texts) > 1:
+        page.text(
+            f"**These runs are of {len(texts)} different texts**, and do not compare: see the `tokens` of "
+            "each run's environment.json."
+        )
 
 
-def _machine(result: Result) -> str:
-    e = result.environment
-    return e["gpu"] or f"{e['processor']}, {result.config.threads} thread a run"
+def _machines(result: Result) -> set[str]:
+    """All that a run was trained on."""
+    threads = result.config.threads
+    said = f"{threads} thread{'s' if threads > 1 else ''} a run"
+    return {e["gpu"] or f"{e['processor']}, {said}" for e in result.environments}
 
 
 def _runs(page: Page, results: Results) -> None:

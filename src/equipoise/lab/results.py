@@ -57,8 +57,13 @@ class Result:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Versions, commit, machine."""
+        """Versions, commit and machine of its beginning, and the digest of its tokens."""
         return dict(RunFolder(self.path).read("environment.json"))
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """That of its beginning, and others that went on with it."""
+        return [self.environment, *self.environment.get("later", [])]
 
     @cached_property
     def evaluations(self) -> list[tuple[int, Evaluation]]:
@@ -106,6 +111,11 @@ class Result:
         return float(shares[-max(1, len(shares) // 10) :].mean())
 
     @property
+    def max_vio_end(self) -> float:
+        """MaxVio_batch, mean of the last tenth of the steps."""
+        return float(self.max_vio_batch[-max(1, len(self.max_vio_batch) // 10) :].mean())
+
+    @property
     def step_floor(self) -> float:
         """MaxVio of a step's tokens by chance alone."""
         model = self.config.model
@@ -138,10 +148,16 @@ def largest_domain_share(evaluation: Evaluation) -> float:
     return float(np.asarray(load.share(evaluation.counts)).max((0, 2)).mean())
 
 
+def windows(counts_NLE: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """Counts summed over windows of steps, without an unfinished last one, [N / window, L, E]."""
+    steps = len(counts_NLE) // window * window
+    summed: NDArray[np.int64] = counts_NLE[:steps].reshape(-1, window, *counts_NLE.shape[1:]).sum(1)
+    return summed
+
+
 def starved(counts_NLE: NDArray[np.int64], below: float = 0.01, window: int = 10) -> Values:
     """Share of the L x E cells below `below` of a fair share, in windows of steps, [N / window]."""
-    steps = len(counts_NLE) // window * window
-    summed = counts_NLE[:steps].reshape(-1, window, *counts_NLE.shape[1:]).sum(1)
+    summed = windows(counts_NLE, window)
     found: Values = (np.asarray(load.ratio(summed)) < below).mean((1, 2))
     return found
 

@@ -115,10 +115,12 @@ class Run:
         with Stop() as stop:
             while self.step < self.config.steps:
                 self.advance()
+                self._evaluate_on_the_way()
                 if self._agreed(stop.asked):
                     self.save()
                     raise KeyboardInterrupt
-                self._after_step()
+                if self._agreed(time.monotonic() - self._saved > self.config.checkpoint_seconds):
+                    self.save()
         if self._saved_step < self.step:
             self.save()  # evaluation takes long, and may be stopped too
 
@@ -208,12 +210,10 @@ class Run:
 
     # -- on the way ---------------------------------------------------------------------------
 
-    def _after_step(self) -> None:
+    def _evaluate_on_the_way(self) -> None:
         every = self.config.evaluate_every
         if every and self.step % every == 0 and self.step < self.config.steps:
             self.evaluate(QUICK_TOKENS)
-        if self._agreed(time.monotonic() - self._saved > self.config.checkpoint_seconds):
-            self.save()
 
     def _agreed(self, wanted: bool) -> bool:
         """Whether any process wants it: what is then done, all have to do together."""

@@ -32,7 +32,8 @@ def train(
     force: throw away what is in the folder. save: keep weights and trace, not only the figures.
     sinks: each takes the metrics of every step, as those of `equipoise.balance.sinks` do.
     progress: called after every step. say: for messages.
-    Raises EquipoiseError for a folder of another config or text, for a loss that is not finite
+    Raises EquipoiseError for a folder of another config or text, or that another process is training
+    in (HeldError), for a loss that is not finite
     (weights and the last checkpoint stay), and where the disk is full.
     """
     if not isinstance(config, Config):
@@ -42,10 +43,12 @@ def train(
     folder = RunFolder(out)
     processes = Processes(config)
     run = Run(config, folder, processes, sinks=sinks, progress=progress, say=say)
+    lock = None
     try:
         corpus = _corpus(config, processes, say)
         with processes.together():
             if processes.first:
+                lock = folder.hold()
                 folder.begin(config, corpus.digest, force=force)
         if folder.finished:
             run.say(f"{folder.path} is finished: nothing to do.")
@@ -55,6 +58,8 @@ def train(
         return run.finish(save)
     finally:
         run.close()
+        if lock is not None:
+            lock.release()
 
 
 def _corpus(config: Config, processes: Processes, say: Callable[[str], None]) -> Corpus:

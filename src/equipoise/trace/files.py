@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from equipoise.errors import TraceError
+from equipoise.lock import HeldError, Lock
 from equipoise.trace.schema import (
     SEQUENCES_SCHEMA,
     Manifest,
@@ -76,42 +75,14 @@ def _rank_of(name: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-class Lock:
-    """An advisory lock of one rank on a trace folder; the system frees it when the process dies."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder / f"writer-r{rank:05d}.lock"
-        with clear_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO | None = self.path.open("a+")
+def lock_part(folder: Path, rank: int) -> Lock:
+    """Keep other writers of a rank's part out of a trace folder, which is made."""
+    with clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            _exclude_others(self._file)
-        except OSError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise TraceError(
-                f"{folder} is being written by another process (pid {owner}). Wait for it to end,"
-                " or choose another name."
-            ) from None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def release(self) -> None:
-        """Free the lock and remove its file."""
-        if self._file is not None:
-            self.path.unlink(missing_ok=True)
-            self._file.close()
-            self._file = None
-
-
-def _exclude_others(file: TextIO) -> None:
-    """Lock the file, or raise OSError; on Windows, without such locks, the folder check holds."""
-    if sys.platform != "win32":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return Lock(folder / f"writer-r{rank:05d}.lock", folder)
+        except HeldError as error:
+            raise TraceError(str(error)) from None
 
 
 class PartWriter:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from equipoise.errors import TraceError
 from equipoise.trace.batches import Rows, tokens_batch
-from equipoise.trace.files import Lock, PartWriter, list_array, list_column, prepare_folder
+from equipoise.trace.files import PartWriter, list_array, list_column, lock_part, prepare_folder
 from equipoise.trace.schema import Layer, Manifest, counts_schema
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def save(trace: Trace, folder: Path, force: bool) -> Path:
     manifest = Manifest(
         layers, first.level, first.every, first.window_tokens, meta=meta, run=first.run
     )
-    lock = Lock(folder, 0)
+    lock = lock_part(folder, 0)
     try:
         prepare_folder(folder, force)
         writer = PartWriter(folder, manifest)

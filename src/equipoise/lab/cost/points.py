@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
 from equipoise.lab.cost.imposed import counts_of
-from equipoise.lab.folder import environment, write_text
+from equipoise.lab.folder import environment, machine_of, write_text
 from equipoise.metrics import load
 
 DEVICES = 2
-MACHINE = ("processor", "gpu", "cpus")
-"""What has to be the same for all rounds of a file, beside torch's version."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ class Points:
                     f"{path} holds points of another {name}: remove it to measure anew, or choose "
                     "another folder with --out."
                 )
-        if _machine(kept.environment) != _machine(made):
+        if machine_of(kept.environment) != machine_of(made):
             raise EquipoiseError(
-                f"{path} holds times of {_machine(kept.environment)}, and this is {_machine(made)}: "
+                f"{path} holds times of {machine_of(kept.environment)}, and this is {machine_of(made)}: "
                 "remove it to measure anew, or choose another folder with --out."
             )
         kept.commits = sorted({*kept.commits, *new.commits})
@@ -122,8 +120,3 @@ class Points:
     def worked(self, profile: str) -> NDArray[np.float64]:
         """Median processor time of each process and round, [R, P]."""
         return np.array([np.median(turns[profile], axis=0)[1:] for turns in self.rounds])
-
-
-def _machine(made: Mapping[str, Any]) -> str:
-    parts = [f"{name} {made.get(name)}" for name in MACHINE]
-    return ", ".join([*parts, f"torch {made['versions']['torch']}"])

@@ -9,7 +9,8 @@ from typing import Any
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.results import Result, smooth
+from equipoise.lab.folder import machine_of
+from equipoise.lab.results import Result, mean_interval, smooth
 from equipoise.lab.turns import Turns
 
 Results = Mapping[str, Sequence[Result]]
@@ -59,9 +60,11 @@ class Page:
     def step_times(self, base: str) -> None:
         """What the column of step times says; nothing where none were taken."""
         if self.turns.seconds:
+            made = self.turns.environment
             self.text(
                 f"""Step times: processor time of a run's first steps over that of {base}, all taken in
-                turns; median, and half the range of the middle half of the rounds, which is no interval."""
+                turns; median, and half the range of the middle half of the rounds, which is no interval.
+                Taken at commit {made["commit"]} ({machine_of(made)})."""
             )
 
     def figure(self, name: str, caption: str, draw: Draw) -> None:
@@ -110,6 +113,22 @@ def draw_load(
 def seeded(configs: Sequence[Config], seeds: int) -> list[Config]:
     """Every config with seeds 0, 1, ...: seed by seed, so that a stopped grid has whole seeds."""
     return [config.change({"seed": seed}) for seed in range(seeds) for config in configs]
+
+
+def first_seed(results: Results) -> dict[str, Result]:
+    """The run of seed 0, of the names that have one."""
+    return {name: run for name, runs in results.items() for run in runs if run.seed == 0}
+
+
+def average(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, with its 95 % interval where there is one; a dash for what is not there."""
+    mean, half = mean_interval(values)
+    return number(mean, digits) + spread(half, digits)
+
+
+def spread(half: float, digits: int = 3) -> str:
+    """Half an interval, to stand behind a mean; nothing for one value's."""
+    return "" if half != half else f" ± {half:.{digits}f}"
 
 
 def number(value: float, digits: int = 2) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
+from equipoise.lab.experiments.base import Experiment, Page, Results, first_seed, number, seeded
 from equipoise.lab.recipes import gpu, small
-from equipoise.lab.results import Result, smooth, starved
+from equipoise.lab.results import Result, smooth, starved, windows
 from equipoise.metrics import load
 
 WINDOW = 10
@@ -74,10 +73,11 @@ def write(page: Page, results: Results) -> None:
         expert's selections over the mean, minus 1, on the held-out text, every domain weighing alike,
         mean over layers."""
     )
-    pair = {n: results[n][0] for n in ("no balancing", "Switch loss 0.01") if n in results}
-    page.figure("shares", _SHARES, lambda path: _draw_shares(pair, path))
+    first = first_seed(results)
+    pair = {n: run for n, run in first.items() if n in ("no balancing", "Switch loss 0.01")}
+    if pair:
+        page.figure("shares", _SHARES, lambda path: _draw_shares(pair, path))
     page.text(*_findings(results))
-    first = {name: runs[0] for name, runs in results.items()}
     page.figure("over-time", _OVER_TIME, lambda path: _draw_over_time(first, path))
 
 
@@ -129,16 +129,9 @@ def _row(name: str, run: Result) -> tuple[str, ...]:
     )
 
 
-def windows(run: Result) -> NDArray[np.int64]:
-    """Selections summed over windows of steps, [W, L, E]."""
-    steps = len(run.counts) // WINDOW * WINDOW
-    summed: NDArray[np.int64] = run.counts[:steps].reshape(-1, WINDOW, *run.counts.shape[1:]).sum(1)
-    return summed
-
-
 def permanence(run: Result) -> tuple[float, float]:
     """Share of cells starved throughout the last quarter; share of the early starved that recover."""
-    low_WLE = np.asarray(load.ratio(windows(run))) < STARVED
+    low_WLE = np.asarray(load.ratio(windows(run.counts, WINDOW))) < STARVED
     always = low_WLE[-max(1, len(low_WLE) // 4) :].all(0).mean()
     early = low_WLE[: len(low_WLE) // 2].any(0)
     recovered = (~low_WLE[-1][early]).mean() if early.any() else np.nan
@@ -148,7 +141,7 @@ def permanence(run: Result) -> tuple[float, float]:
 def _draw_shares(runs: dict[str, Result], path: Path) -> None:
     figure, axes = figures.canvas(2, len(runs))
     for row, (name, run) in zip(axes, runs.items(), strict=True):
-        shares_WLE = np.asarray(load.share(windows(run)))
+        shares_WLE = np.asarray(load.share(windows(run.counts, WINDOW)))
         tokens = run.tokens[WINDOW - 1 :: WINDOW][: len(shares_WLE)] / 1e6
         for axis, layer, where in ((row[0], 0, "first"), (row[1], -1, "last")):
             title = f"{name}: {where} MoE layer"

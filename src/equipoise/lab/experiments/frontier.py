@@ -9,12 +9,13 @@ import numpy as np
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
+from equipoise.lab.experiments.base import Experiment, Page, Results, average, number, seeded
 from equipoise.lab.recipes import gpu, small
 from equipoise.lab.results import Result, equivalence, mean_interval
 
 SHAPES = {16: (2, 64), 64: (4, 32), 256: (8, 16)}
-"""Experts: experts per token, and an expert's inner width, so that all have as many weights."""
+"""Experts: experts per token, and an expert's inner width, so that a token uses as many of
+their weights in all."""
 MARGIN = 0.02
 """Losses (nats per token) nearer than this count as equal; fixed before the runs."""
 SEEDS = 5
@@ -128,8 +129,9 @@ differences are smaller than that margin, 0.006 nats between a bias and a loss (
 between scopes (2501.11873): to tell those takes longer runs and more seeds. MaxVio_batch of each
 training step's tokens, mean over the last tenth of the steps. Chance: what uniform routing of as many
 tokens gives."""
-COMPARISONS = """Every interval and every test is at its own level: with as many comparisons as this page
-has, one in twenty that shows a difference may show none that is there."""
+COMPARISONS = """Every interval and every test is at its own level: of twenty comparisons of methods that do
+not differ, about one shows a difference all the same, and of methods that differ by the margin, one in
+twenty is called equivalent."""
 CAPTION = f"""Held-out loss less that of `{REFERENCE}` with the same seed, against MaxVio_global. Lines
 join the strengths of a method; bars are 95 % intervals over the seeds, where there are several; the band
 is the margin of {MARGIN} nats."""
@@ -185,24 +187,17 @@ def row(
 ) -> list[str]:
     """A method's row of the table."""
     run = runs[0]
-    tenth = max(1, len(run.max_vio_batch) // 10)
     floor = run.final.max_vio_floor(run.config.model.top_k)
     return [
         name,
         str(len(runs)),
-        _spread([r.final.loss for r in runs], 3),
+        average([r.final.loss for r in runs], 3),
         "0" if name == REFERENCE else verdict(paired(runs, methods.get(REFERENCE, ()))),
         "–" if name in (WEAK, STRONG) else verdict(at_equal_load(runs, methods)),
-        f"{_spread([r.final.max_vio for r in runs], 2)} ({number(floor, 3)})",
-        f"{_spread([float(r.max_vio_batch[-tenth:].mean()) for r in runs], 2)} "
-        f"({number(run.step_floor)})",
+        f"{average([r.final.max_vio for r in runs])} ({number(floor, 3)})",
+        f"{average([r.max_vio_end for r in runs])} ({number(run.step_floor)})",
         page.step_time(run, methods.get(REFERENCE)),
     ]
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean, half = mean_interval(values)
-    return number(mean, digits) + ("" if half != half else f" ± {half:.{digits}f}")
 
 
 def verdict(differences: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from equipoise.lab import figures
-from equipoise.lab.experiments.base import Page, number
+from equipoise.lab.experiments.base import Page, average, number
 from equipoise.lab.leak import Leak
 from equipoise.lab.results import Result, mean_interval
 from equipoise.lab.terms import one
@@ -68,7 +68,7 @@ _HEAD = (
     "loss as trained",
     "with another text to come: more by",
     "causal: more by",
-    "loss of all held-out text, causal",
+    "loss of the evaluated text, causal",
     "MaxVio_global, causal (chance)",
     "MaxVio of a training step",
     "experts a token, causal",
@@ -100,17 +100,15 @@ def _row(
     choosing = chunk(run) is not None
     floor = final.max_vio_floor(run.config.model.top_k)
     trained = float(np.mean([_leak(r).as_trained.mean() for r in runs]))
-    loss, half = mean_interval([r.final.loss for r in runs])
-    spread = "" if np.isnan(half) else f" ± {half:.3f}"
     return (
         name,
         number(trained, 3),
         _said(gap(runs, "other_future")),
         _said(gap(runs, "causal")),
-        f"{number(loss, 3)}{spread}" if choosing else "–",
-        f"{number(final.max_vio)} ({number(floor, 3)})" if choosing else "–",
-        number(float(run.max_vio_batch[-20:].mean())) if choosing else "–",
-        number(final.experts_per_token) if choosing else "–",
+        average([r.final.loss for r in runs], 3) if choosing else "–",
+        f"{average([r.final.max_vio for r in runs])} ({number(floor, 3)})" if choosing else "–",
+        average([r.max_vio_end for r in runs]) if choosing else "–",
+        average([r.final.experts_per_token for r in runs]) if choosing else "–",
         page.step_time(run, plain),
     )
 
@@ -128,12 +126,15 @@ def _findings(runs: Runs) -> list[str]:
     """What the table says of the leak, in words made from its numbers."""
     leaks = {name: gap(found, "other_future") for name, found in runs.items()}
     sure = [n for n, (value, half) in leaks.items() if value - half > 0]
-    unsure = [n for n in leaks if n not in sure]
+    below = [n for n, (value, half) in leaks.items() if value + half < 0]
+    unsure = [n for n in leaks if n not in sure and n not in below]
     told = []
     if sure:
         told.append("A leak above 0 beyond its interval: " + _listed(sure, leaks) + ".")
     if unsure:
         told.append("None that its interval tells from 0: " + _listed(unsure, leaks) + ".")
+    if below:
+        told.append("A loss that falls, beyond its interval: " + _listed(below, leaks) + ".")
     sizes = {chunk(found[0]): name for name, found in runs.items()}
     for key, name in sizes.items():
         other = sizes.get((key[0], True)) if key is not None and not key[1] else None

@@ -8,7 +8,17 @@ import numpy as np
 
 from equipoise.lab import figures
 from equipoise.lab.config import Config
-from equipoise.lab.experiments.base import Experiment, Page, Results, draw_load, number, seeded
+from equipoise.lab.experiments.base import (
+    Experiment,
+    Page,
+    Results,
+    average,
+    draw_load,
+    first_seed,
+    number,
+    seeded,
+    spread,
+)
 from equipoise.lab.recipes import gpu, small
 from equipoise.lab.results import Result, mean_interval, settled
 
@@ -93,14 +103,15 @@ def write(page: Page, results: Results) -> None:
     )
     page.step_times("the same router without balancing")
     page.bullets(*findings(results))
-    first = {name: runs[0] for name, runs in results.items()}
-    page.figure("max-vio", _MAX_VIO, lambda path: _draw_max_vio(first, path))
-    page.figure("frontier", _FRONTIER, lambda path: _draw_frontier(first, path))
+    first = first_seed(results)
+    if first:
+        page.figure("max-vio", _MAX_VIO, lambda path: _draw_max_vio(first, path))
+        page.figure("frontier", _FRONTIER, lambda path: _draw_frontier(first, path))
 
 
 def findings(results: Results) -> list[str]:
     """What the table says, in words made from its numbers (seed 0)."""
-    first = {name: runs[0] for name, runs in results.items()}
+    first = first_seed(results)
     found = []
     if set(PAIR) <= first.keys():
         told = " and ".join(f"{name}: {_both(first[name])}" for name in PAIR)
@@ -120,7 +131,7 @@ def findings(results: Results) -> list[str]:
         found.append(
             f"How fast balance comes with the sigmoid router, as MaxVio_batch that stays below 0.5: {told}."
         )
-    ends = {n: number(_end(r)) for n, r in rates.items() if "sign" in n}
+    ends = {n: number(r.max_vio_end) for n, r in rates.items() if "sign" in n}
     if len(ends) > 1:
         told = "; ".join(f"{n.partition(', ')[2]} {end}" for n, end in ends.items())
         found.append(
@@ -148,11 +159,6 @@ def _both(run: Result) -> str:
     return f"{run.final.max_vio:.2f} and {np.exp(run.final.loss):.2f}"
 
 
-def _end(run: Result) -> float:
-    """MaxVio_batch, mean of the last tenth of the steps."""
-    return float(run.max_vio_batch[-max(1, len(run.max_vio_batch) // 10) :].mean())
-
-
 def _even_after(run: Result) -> str:
     step = settled(run)
     if step is None:
@@ -169,18 +175,14 @@ _FRONTIER = (
 def _row(page: Page, name: str, found: list[Result], results: Results) -> tuple[str, ...]:
     run = found[0]
     loss, half = mean_interval([r.final.loss for r in found])
-    spread = "" if np.isnan(half) else f" ± {np.exp(loss) * half:.2f}"
-    load, load_half = mean_interval([r.final.max_vio for r in found])
-    load_spread = "" if np.isnan(load_half) else f" ± {load_half:.2f}"
     floor = run.final.max_vio_floor(run.config.model.top_k)
-    tenth = max(1, len(run.max_vio_batch) // 10)
-    begin, end = run.max_vio_batch[:tenth].mean(), run.max_vio_batch[-tenth:].mean()
+    begin = [float(r.max_vio_batch[: max(1, r.config.steps // 10)].mean()) for r in found]
     plain = results.get(f"{name.partition(',')[0]}, none")
     return (
         name,
-        f"{number(float(np.exp(loss)))}{spread}",
-        f"{number(load)}{load_spread} ({number(floor, 3)})",
-        f"{number(begin)}, {number(end)} ({number(run.step_floor)})",
+        f"{number(float(np.exp(loss)))}{spread(np.exp(loss) * half, 2)}",
+        f"{average([r.final.max_vio for r in found])} ({number(floor, 3)})",
+        f"{average(begin)}, {average([r.max_vio_end for r in found])} ({number(run.step_floor)})",
         page.step_time(run, plain),
         PUBLISHED.get(name, "–"),
     )

@@ -9,7 +9,15 @@ import numpy as np
 
 from equipoise.lab.config import Config
 from equipoise.lab.experiments import frontier
-from equipoise.lab.experiments.base import Experiment, Page, Results, draw_load, number, seeded
+from equipoise.lab.experiments.base import (
+    Experiment,
+    Page,
+    Results,
+    draw_load,
+    first_seed,
+    number,
+    seeded,
+)
 from equipoise.lab.results import Result, mean_interval, settled
 
 FALLING = "switch, decaying"
@@ -70,7 +78,8 @@ def write(page: Page, results: Results) -> None:
     page.text(frontier.READING)
     page.step_times(f"`{frontier.REFERENCE}`")
     page.figure("frontier", frontier.CAPTION, lambda path: frontier.draw(groups, path))
-    page.figure("over-time", _OVER_TIME, lambda path: _draw(groups, path))
+    if first_seed(results):
+        page.figure("over-time", _OVER_TIME, lambda path: _draw(groups, path))
     page.heading("Verdict")
     page.bullets(*verdicts(groups))
     page.text(_PLACES, frontier.COMPARISONS)
@@ -158,10 +167,7 @@ def _told(mine: Sequence[Result], theirs: Sequence[Result]) -> str:
 
 
 def _draw(groups: frontier.Groups, path: Path) -> None:
-    panels = {
-        group: {name: runs[0] for name, runs in methods.items()}
-        for group, methods in groups.items()
-    }
+    panels = {group: first for group, methods in groups.items() if (first := first_seed(methods))}
     draw_load(panels, path, window=10, width=9.0)
 
 

@@ -11,7 +11,16 @@ import numpy as np
 from equipoise.lab import figures
 from equipoise.lab.config import Config
 from equipoise.lab.experiments import leaks
-from equipoise.lab.experiments.base import Experiment, Page, Results, number, seeded
+from equipoise.lab.experiments.base import (
+    Experiment,
+    Page,
+    Results,
+    average,
+    first_seed,
+    number,
+    seeded,
+    spread,
+)
 from equipoise.lab.experiments.collapse import STARVED, SWITCH, WINDOW
 from equipoise.lab.recipes import gpu, small
 from equipoise.lab.results import Result, mean_interval, starved
@@ -141,38 +150,33 @@ _HEAD = (
 )
 _READING = f"""Loss in nats per token, mean of the domains, and its difference to the run without
 balancing; with several seeds means, and 95 % intervals by Student's t, of differences by seed.
-MaxVio_global: busiest expert's selections over the mean of all, minus 1, on all held-out tokens, mean
-over layers. Starved: share of the layer-expert cells with less than {STARVED:.0%} of a fair share of a
-window of {WINDOW} steps, in the last quarter of training. Experts that a life cycle has taken out
-count in both. Dropped: share of the selections of the last tenth of training that went to no
-expert; MaxVio is of the selections before. A capacity acts in training only, but for `pad`, whose
-layers drop in evaluation too, domain by domain. Expert threshold scores by a sigmoid, the others by
-a softmax."""
+MaxVio_global: busiest expert's selections over the mean of all, minus 1, on the held-out text that was
+evaluated, every domain weighing alike, mean over layers. Starved: share of the layer-expert cells
+with less than {STARVED:.0%} of a fair share of a window of {WINDOW} steps, in the last quarter of
+training. Experts that a life cycle has taken out count in both. Dropped: share of the selections of
+the last tenth of training that went to no expert; MaxVio is of the selections before. A capacity acts
+in training only, but for `pad`, whose layers drop in evaluation too, domain by domain. Expert threshold
+scores by a sigmoid, the others by a softmax."""
 _LOAD = """MaxVio_global (dotted: chance) and held-out loss of every remedy, most even load first;
 hollow: without balancing and with the Switch loss. One seed does not order losses."""
 
 
 def _row(page: Page, name: str, runs: Sequence[Result], ranked: Results) -> tuple[str, ...]:
-    loss, half = mean_interval([r.final.loss for r in runs])
     more, more_half = _more(runs, ranked)
-    vio, vio_half = mean_interval([r.final.max_vio for r in runs])
     floor = runs[0].final.max_vio_floor(runs[0].config.model.top_k)
     low = float(np.mean([_starved(r) for r in runs]))
     dropped = float(np.mean([r.dropped_share for r in runs]))
     return (
         name,
-        number(loss, 3) + _spread(half),
-        "–" if name == PLAIN or np.isnan(more) else f"{leaks.signed(more)}{_spread(more_half)}",
-        f"{number(vio)}{_spread(vio_half, 2)} ({number(floor, 3)})",
+        average([r.final.loss for r in runs], 3),
+        "–" if name == PLAIN or np.isnan(more) else f"{leaks.signed(more)}{spread(more_half)}",
+        f"{average([r.final.max_vio for r in runs])} ({number(floor, 3)})",
         "–" if np.isnan(low) else f"{100 * low:.0f} %",
         "–" if np.isnan(dropped) else f"{100 * dropped:.1f} %",
-        f"{number(_experts(runs[0]))}, {number(runs[0].final.experts_per_token)}",
+        f"{average([_experts(r) for r in runs])}, "
+        f"{average([r.final.experts_per_token for r in runs])}",
         page.step_time(runs[0], ranked.get(PLAIN)),
     )
-
-
-def _spread(half: float, digits: int = 3) -> str:
-    return "" if np.isnan(half) else f" ± {half:.{digits}f}"
 
 
 def _more(runs: Sequence[Result], ranked: Results) -> tuple[float, float]:
@@ -226,12 +230,12 @@ def _findings(ranked: Results) -> list[str]:
 
 def _life_cycles(page: Page, ranked: Results) -> None:
     rows = []
-    for name, runs in ranked.items():
-        events = runs[0].summary.get("events")
+    for name, run in first_seed(ranked).items():
+        events = run.summary.get("events")
         if events is not None:
             told = Counter(event["what"] for event in events)
             said = ", ".join(f"{n} {what}" for what, n in told.items()) or "nothing"
-            cells = runs[0].counts.shape[1] * runs[0].counts.shape[2]
+            cells = run.counts.shape[1] * run.counts.shape[2]
             rows.append((name, said, f"{_out(events)} of {cells}"))
     if rows:
         page.heading("What the life cycles did")
