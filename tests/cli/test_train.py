@@ -201,7 +201,7 @@ def test_a_run_folder_goes_by_one_id_at_wandb(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from equipoise.cli.train import _wandb
+    from equipoise.cli.loggers import _wandb
 
     def opened(folder: str, mode: str) -> dict[str, Any]:
         monkeypatch.setenv("WANDB_MODE", mode)
@@ -222,7 +222,7 @@ def test_both_stretches_of_a_stopped_run_are_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
-    from equipoise.cli.train import _wandb
+    from equipoise.cli.loggers import _wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equipoise.lab.experiments import frontier, recipe
+from equipoise.lab.experiments import paired, recipe
 
 NOISE = (0.004, -0.003, 0.001, -0.004, 0.002)
 
@@ -29,21 +29,21 @@ def runs(loss: float, load: float, seeds: range = range(5)) -> list[Any]:
 
 
 def test_at_equal_load_a_loss_is_set_against_the_line_between_the_switch_losses() -> None:
-    methods = {frontier.WEAK: runs(3.9, 1.0), frontier.STRONG: runs(4.0, 0.25)}
+    methods = {paired.WEAK: runs(3.9, 1.0), paired.STRONG: runs(4.0, 0.25)}
     # The middle of ln 1 and ln 0.25 is ln 0.5, where the line is at 3.95.
-    assert frontier.at_equal_load(runs(3.93, 0.5), methods) == pytest.approx([-0.02] * 5, abs=0.01)
+    assert paired.at_equal_load(runs(3.93, 0.5), methods) == pytest.approx([-0.02] * 5, abs=0.01)
     # Evener than both, or less even: against the nearer end.
-    assert frontier.at_equal_load(runs(3.93, 0.1), methods) == pytest.approx([-0.07] * 5, abs=0.01)
-    assert frontier.at_equal_load(runs(3.93, 5.0), methods) == pytest.approx([0.03] * 5, abs=0.01)
+    assert paired.at_equal_load(runs(3.93, 0.1), methods) == pytest.approx([-0.07] * 5, abs=0.01)
+    assert paired.at_equal_load(runs(3.93, 5.0), methods) == pytest.approx([0.03] * 5, abs=0.01)
 
 
 def test_at_equal_load_takes_the_seeds_that_all_have() -> None:
     methods = {
-        frontier.WEAK: runs(3.9, 1.0, range(1, 5)),
-        frontier.STRONG: runs(4.0, 0.25, range(4)),
+        paired.WEAK: runs(3.9, 1.0, range(1, 5)),
+        paired.STRONG: runs(4.0, 0.25, range(4)),
     }
-    assert len(frontier.at_equal_load(runs(3.93, 0.5), methods)) == 3
-    assert frontier.at_equal_load(runs(3.93, 0.5), {frontier.WEAK: methods[frontier.WEAK]}) == []
+    assert len(paired.at_equal_load(runs(3.93, 0.5), methods)) == 3
+    assert paired.at_equal_load(runs(3.93, 0.5), {paired.WEAK: methods[paired.WEAK]}) == []
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_at_equal_load_takes_the_seeds_that_all_have() -> None:
     ],
 )
 def test_a_verdict_tells_direction_and_equivalence(differences: list[float], words: str) -> None:
-    assert frontier.verdict(differences) == words
+    assert paired.verdict(differences) == words
 
 
 LEADERS = {"switch 0.01": (3.90, 1.2), "switch 0.1": (4.0, 0.4), "sign 0.01": (3.88, 0.25)}

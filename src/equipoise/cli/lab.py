@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ def lab(
         str | None, typer.Argument(help="Which one; see --list.", show_default=False)
     ] = None,
     tier: Annotated[str, typer.Option(help="Sizes for a cpu, or for one gpu.")] = "cpu",
-    seeds: Annotated[int, typer.Option(help="Seeds of every run.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds of every run, at least.", min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Folder of pages, figures and runs.")] = Path(
         "docs/lab"
     ),
@@ -55,13 +54,12 @@ def lab(
 
         if not torch.cuda.is_available():
             raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
-    count = workers or (1 if tier == "gpu" else os.cpu_count() or 1)
     page = run_experiment(
         experiment,
         out,
         tier=tier,
         seeds=seeds,
-        workers=count,
+        workers=workers,
         redraw=redraw,
         data=data,
         say=say,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equipoise.cli.common import console, print_json, say, say_next, size_of
+from equipoise.cli.loggers import loggers
 from equipoise.cli.progress import progress
 from equipoise.errors import EquipoiseError
+
+if TYPE_CHECKING:
+    from equipoise.lab.evaluate import Evaluation
 
 
 def train(
@@ -111,25 +114,27 @@ def _train(
         raise EquipoiseError(f"Which recipe? There are {', '.join(recipes.RECIPES)}; try --list.")
     config = recipes.recipe(recipe, _settings(values))
     path = out or Path("runs") / recipe
-    loggers = _loggers(path, config.name, tensorboard, wandb)
+    logging_to = loggers(path, config.name, tensorboard=tensorboard, wandb=wandb, first=_first())
     tell: Callable[[str], None] = say if _first() else _silent
     from transformers.utils import logging
 
+    from equipoise.lab.folder import RunFolder
     from equipoise.lab.trainer import train
 
     logging.disable_progress_bar()
     tell(f"Training {config.name}: {config.steps:,} steps of {config.step_tokens:,} tokens.")
     with _stopped(path, tell), ExitStack() as stack:
-        sinks = [stack.enter_context(logger) for logger in loggers]
+        sinks = [stack.enter_context(logger) for logger in logging_to]
         update = stack.enter_context(progress("steps", quiet=quiet, bar_width=5))
 
         def show(now: Any) -> None:
             if update is not None:
                 update(now.step, now.steps, _note(now), now.seconds_left)
 
+        new = force or not RunFolder(path).finished
         result = train(config, path, force=force, sinks=sinks, progress=show, say=tell)
     if _first():
-        _report(path, result, json)
+        _report(path, result, json, new=new)
 
 
 def _settings(values: list[str]) -> dict[str, str]:
@@ -173,92 +178,21 @@ def _stopped(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# -- sinks ------------------------------------------------------------------------------------
-
-
-def _loggers(path: Path, name: str, tensorboard: bool, wandb: bool) -> list[Any]:
-    """Context managers of the sinks that were asked for; EquipoiseError where a package is missing."""
-    from importlib.util import find_spec
-
-    wanted = {"tensorboard": tensorboard, "wandb": wandb}
-    for package, on in wanted.items():
-        if on and find_spec(package) is None:
-            raise EquipoiseError(f"--{package} needs: pip install 'equipoise[{package}]'.")
-    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    return [_late(makers[kind], path, name) for kind, on in wanted.items() if on and _first()]
-
-
-@contextmanager
-def _late(
-    make: Callable[[Path, str], tuple[Any, Callable[[], None]]], path: Path, name: str
-) -> Iterator[Any]:
-    """A sink that is made at the first step: before it, the folder has to be the run's alone."""
-    made: list[Any] = []
-
-    def sink(metrics: Mapping[str, float], step: int) -> None:
-        if not made:
-            made.append(make(path, name))
-        made[0][0](metrics, step)
-
-    try:
-        yield sink
-    finally:
-        if made:
-            made[0][1]()
-
-
-def _tensorboard(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    from equipoise.balance import sinks
-
-    writer = SummaryWriter(str(path / "tensorboard"))
-    return sinks.tensorboard(writer), writer.close
-
-
-def _wandb(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
-    import wandb
-
-    from equipoise.balance import sinks
-
-    mode = os.environ.get("WANDB_MODE", "offline")
-    number, again = _wandb_id(path / "wandb" / "run-id.txt")
-    if mode in ("offline", "dryrun"):
-        # Offline runs cannot be resumed, and of two with one id the later upload may replace the
-        # earlier: each stretch of training gets a run, and all of them one group.
-        more = {"group": f"{name}-{number}"}
-        if again:
-            say(f"W&B is offline: these steps are a run of their own, of group {more['group']}.")
-    else:
-        more = {"id": number, "resume": "allow"}
-    run = wandb.init(project="equipoise", name=name, dir=str(path), mode=mode, **more)
-    return sinks.wandb(run), run.finish
-
-
-def _wandb_id(file: Path) -> tuple[str, bool]:
-    """The id that a run folder goes by at W&B, and whether it had one already."""
-    if file.exists():
-        return file.read_text(encoding="utf-8").strip(), True
-    file.parent.mkdir(parents=True, exist_ok=True)
-    number = secrets.token_hex(4)
-    file.write_text(number + "\n", encoding="utf-8")
-    return number, False
-
-
 # -- the end ----------------------------------------------------------------------------------
 
 
-def _report(path: Path, result: Mapping[str, Any], json: bool) -> None:
+def _report(path: Path, result: Mapping[str, Any], json: bool, *, new: bool) -> None:
+    from equipoise.lab.evaluate import Evaluation
     from equipoise.lab.folder import RunFolder
 
     last = RunFolder(path).read("evaluations.json")[-1]
     if json:
         print_json(_without_nan({**result, "evaluation": last}))
     else:
-        _table(result, last)
+        _table(result, Evaluation.from_dict(last))
     saved = result["saved"] or {}
     model = f", model for transformers ({saved['architecture']})" if saved.get("model") else ""
-    say(f"Wrote {path} ({size_of(path)}): metrics.parquet{model}.")
+    say(f"{'Wrote' if new else 'There is'} {path} ({size_of(path)}): metrics.parquet{model}.")
     following: list[list[object]] = []
     if (path / "trace").exists():
         following.append(["equipoise", "stats", path / "trace"])
@@ -271,17 +205,14 @@ def _report(path: Path, result: Mapping[str, Any], json: bool) -> None:
         say(f"Next: equipoise.lab.load({str(path)!r})")
 
 
-def _table(result: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+def _table(result: Mapping[str, Any], last: Evaluation) -> None:
     from rich.table import Table
 
     table = Table("domain", box=None, title="Held-out text", title_justify="left")
     for column in ("tokens", "loss, nats", "bits per byte"):
         table.add_column(column, justify="right")
-    columns = zip(
-        last["domains"], last["tokens"], last["losses"], last["bytes_per_token"], strict=True
-    )
-    for domain, tokens, loss, size in columns:
-        bits = loss / size / math.log(2)
+    columns = zip(last.domains, last.tokens, last.losses, last.bits_per_byte, strict=True)
+    for domain, tokens, loss, bits in columns:
         table.add_row(domain, f"{tokens:,}", f"{loss:.3f}", f"{bits:.3f}")
     screen = console()
     screen.print(table)

@@ -12,6 +12,10 @@
 | `meter`, `evaluate` | loads in training; losses and loads on held-out text by domain |
 | `folder`, `weights`, `export` | a run's folder; its weights, also as a transformers model |
 | `stopping`, `saving`, `diagnosis` | Ctrl-C; a full disk; where NaN came from |
+| `fused`, `leak` | faster parts for a CPU; what layers that look at later tokens gain by it |
+| `experiments`, `grid`, `pages` | questions as grids of runs; running them; their pages |
+| `results`, `turns`, `figures`, `run_figures` | finished runs read back; step times; drawings |
+| `cost` | steps of two processes under imposed loads |
 """
 
 from __future__ import annotations

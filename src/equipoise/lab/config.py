@@ -96,7 +96,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. `name` labels it; two runs of equal configs give equal weights."""
+    """A whole run. `name` labels it; two runs of equal configs, on as many processes and threads, give
+    equal weights.
+    """
 
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)

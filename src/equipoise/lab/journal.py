@@ -91,18 +91,20 @@ class Journal:
         names = ("loss", "gradient_norm", "learning_rate", "seconds")
         found = {f"train/{name}": float(row[name]) for name in names}
         found["train/tokens_per_second"] = self.config.step_tokens / row["seconds"]
-        found["train/max_vio"], found["train/max_vio_floor"] = max_vio, self.floor
+        found["train/max_vio"], found["train/max_vio_floor"] = max_vio, step_floor(self.config)
         return found
-
-    @property
-    def floor(self) -> float:
-        """MaxVio of a step's tokens by chance alone."""
-        model = self.config.model
-        return floors.floor(self.config.step_tokens, model.experts, model.top_k).mean["max_vio"]
 
     def _progress(self, step: Step, max_vio: float) -> Progress:
         done = step.number - self._first
         spent = time.perf_counter() - self._began
         left = spent / done * (self.config.steps - step.number)
         speed = done * self.config.step_tokens / spent
-        return Progress(step.number, self.config.steps, step.loss, speed, max_vio, self.floor, left)
+        return Progress(
+            step.number, self.config.steps, step.loss, speed, max_vio, step_floor(self.config), left
+        )
+
+
+def step_floor(config: Config) -> float:
+    """MaxVio of a step's tokens by chance alone."""
+    model = config.model
+    return floors.floor(config.step_tokens, model.experts, model.top_k).mean["max_vio"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def run_experiment(
     *,
     tier: str = "cpu",
     seeds: int = 1,
-    workers: int = 1,
+    workers: int | None = None,
     redraw: bool = False,
     data: str | None = None,
     say: Say = lambda _: None,
@@ -42,15 +43,18 @@ def run_experiment(
     """Run what is missing of an experiment's grid in `out`/runs, and write `out`/<name>.md.
 
     redraw: run nothing; make the page from the runs that are there. data: another place of the
-    text. An experiment that measures rather than trains takes neither seeds nor data, nor workers.
+    text. workers: runs at a time; one for each core, or on a GPU one. An experiment that measures rather
+    than trains takes neither seeds nor data, nor workers.
     Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
     """
     experiment = find(name)
     _check_tier(tier)
     pool = Path(out) / "runs"
     if experiment.measure is not None:
-        if seeds != 1 or data is not None:
-            raise EquipoiseError(f"{name!r} trains nothing: leave out --seeds and --data.")
+        if seeds != 1 or data is not None or workers is not None:
+            raise EquipoiseError(
+                f"{name!r} trains nothing: leave out --seeds, --data and --workers."
+            )
         if not redraw:
             experiment.measure(pool, tier, say)
         return write_page(experiment, [], Path(out), tier)
@@ -65,7 +69,7 @@ def run_experiment(
             )
         return write_page(experiment, configs, Path(out), tier, seeds)
     try:
-        Grid(configs, pool, workers, say).run()
+        Grid(configs, pool, workers or (1 if tier == "gpu" else os.cpu_count() or 1), say).run()
         measure(configs, turns_of(pool, experiment, tier), say)
     finally:
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from equipoise.lab.config import Config, flat
 from equipoise.lab.evaluate import Evaluation
 from equipoise.lab.folder import LABELS, RunFolder
-from equipoise.metrics import floors, load
+from equipoise.lab.journal import step_floor
+from equipoise.metrics import load
 
 Values = NDArray[np.float64]
 
@@ -118,8 +119,7 @@ class Result:
     @property
     def step_floor(self) -> float:
         """MaxVio of a step's tokens by chance alone."""
-        model = self.config.model
-        return floors.floor(self.config.step_tokens, model.experts, model.top_k).mean["max_vio"]
+        return step_floor(self.config)
 
     @property
     def seed(self) -> int:

@@ -40,13 +40,6 @@ class Line:
         """Its value there."""
         return self.base + self.slope * x
 
-    def share(self, fair: float) -> float:
-        """What scales with the load, of the value at a fair one.
-
-        The value at `ratio` fair loads is 1 + share (ratio - 1) times that at one.
-        """
-        return self.slope * fair / self.at(fair)
-
 
 def fitted(x: ArrayLike, y_BX: ArrayLike) -> tuple[Values, Values]:
     """Base and slope by least squares, [B] each of [B, X], or numbers of [X]."""

@@ -157,7 +157,7 @@ def findings(found: Lines) -> list[str]:
     return [
         f"""On the {len(errors)} points that it was not fitted to, the line is off by
         {100 * np.mean(errors):.1f} % in the mean and {100 * max(errors):.1f} % at most, and inside the
-        measured interval, which is wide, on {sum(inside)}. MaxVio of the experts does not tell the
+        measured interval on {sum(inside)}. MaxVio of the experts does not tell the
         time: the profiles with one hot expert have the same, and all on one device take
         {slowest[0]:.2f} [{slowest[1]:.2f}, {slowest[2]:.2f}] times as long as evenly on both.""",
         f"""With MaxVio {points.max_vio(hot):.2f} but devices loaded alike, a step takes

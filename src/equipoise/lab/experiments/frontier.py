@@ -10,18 +10,24 @@ import numpy as np
 from equipoise.lab import figures
 from equipoise.lab.config import Config
 from equipoise.lab.experiments.base import Experiment, Page, Results, average, number, seeded
+from equipoise.lab.experiments.paired import (
+    MARGIN,
+    REFERENCE,
+    SEEDS,
+    STRONG,
+    WEAK,
+    Groups,
+    at_equal_load,
+    grouped,
+    paired,
+    verdict,
+)
 from equipoise.lab.recipes import gpu, small
-from equipoise.lab.results import Result, equivalence, mean_interval
+from equipoise.lab.results import Result, mean_interval
 
 SHAPES = {16: (2, 64), 64: (4, 32), 256: (8, 16)}
 """Experts: experts per token, and an expert's inner width, so that a token uses as many of
 their weights in all."""
-MARGIN = 0.02
-"""Losses (nats per token) nearer than this count as equal; fixed before the runs."""
-SEEDS = 5
-"""Of the leaders, at least."""
-REFERENCE = WEAK = "switch 0.01"
-STRONG = "switch 0.1"
 METHODS = {
     "none": "none",
     REFERENCE: "switch(scope=global, weight=0.01)",
@@ -55,8 +61,6 @@ OTHERS = {
 LEADERS = (WEAK, STRONG, "sign 0.01", "quantile")
 """Methods in paired seeds: two biases at their evenest, and a loss at two strengths around them."""
 ROUTER = "sigmoid"
-Groups = Mapping[str, Mapping[str, Sequence[Result]]]
-"""Runs by group, as `16 experts`, and method."""
 
 
 def base(experts: int, tier: str = "cpu", router: str = ROUTER) -> Config:
@@ -155,33 +159,6 @@ def _shapes(groups: Groups) -> str:
     return "; ".join(told)
 
 
-def grouped(results: Results) -> dict[str, dict[str, list[Result]]]:
-    """Runs by group and method, as their names say."""
-    found: dict[str, dict[str, list[Result]]] = {}
-    for name, runs in results.items():
-        group, _, method = name.partition(": ")
-        found.setdefault(group, {})[method] = list(runs)
-    return found
-
-
-def paired(runs: Sequence[Result], reference: Sequence[Result]) -> list[float]:
-    """Loss less the reference's, of the seeds that both have."""
-    theirs = {run.seed: run.final.loss for run in reference}
-    return [run.final.loss - theirs[run.seed] for run in runs if run.seed in theirs]
-
-
-def at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> list[float]:
-    """Loss less that of the Switch losses at the same MaxVio, of the seeds that all three have."""
-    ends = [{r.seed: r.final for r in methods.get(name, ())} for name in (WEAK, STRONG)]
-    found = []
-    for run in runs:
-        if all(run.seed in end for end in ends):
-            line = sorted((np.log(end[run.seed].max_vio), end[run.seed].loss) for end in ends)
-            loads, losses = zip(*line, strict=True)
-            found.append(run.final.loss - np.interp(np.log(run.final.max_vio), loads, losses))
-    return found
-
-
 def row(
     page: Page, name: str, runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]
 ) -> list[str]:
@@ -198,21 +175,6 @@ def row(
         f"{average([r.max_vio_end for r in runs])} ({number(run.step_floor)})",
         page.step_time(run, methods.get(REFERENCE)),
     ]
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """The mean difference, its interval, and whether it is equivalent to none."""
-    if not differences:
-        return "–"
-    mean, half = mean_interval(differences)
-    if half != half:
-        return f"{mean:+.3f}"
-    words = [f"{mean:+.3f} ± {half:.3f}"]
-    if abs(mean) > half:
-        words.append("higher" if mean > 0 else "lower")
-    if equivalence(differences, MARGIN) < 0.05:
-        words.append("equivalent")
-    return ", ".join(words)
 
 
 def findings(groups: Groups) -> list[str]:

@@ -18,6 +18,15 @@ from equipoise.lab.experiments.base import (
     number,
     seeded,
 )
+from equipoise.lab.experiments.paired import (
+    REFERENCE,
+    SEEDS,
+    STRONG,
+    WEAK,
+    Groups,
+    grouped,
+    verdict,
+)
 from equipoise.lab.results import Result, mean_interval, settled
 
 FALLING = "switch, decaying"
@@ -40,14 +49,14 @@ FINALISTS = {
 GO_ON: tuple[str, ...] = ()
 """Finalists that are not behind the frontier of 16 experts: with 64 and 256, too."""
 SOFTMAX = "softmax(weighting=scores)"
-LOSSES = (frontier.WEAK, frontier.STRONG)
+LOSSES = (WEAK, STRONG)
 """The leaders for models with a softmax router, which have no place to keep a bias."""
 
 
 def configs(tier: str, seeds: int) -> list[Config]:
     """Candidates, finalists and leaders with a sigmoid router, then losses with a softmax router."""
     shapes = tuple(frontier.SHAPES) if tier == "cpu" else (64,)
-    first, several = shapes[0], max(frontier.SEEDS, seeds)
+    first, several = shapes[0], max(SEEDS, seeds)
     steps = frontier.base(first, tier).steps
     finalists = {name: balance.format(steps=steps) for name, balance in FINALISTS.items()}
     leaders = {name: frontier.METHODS[name] for name in frontier.LEADERS}
@@ -65,7 +74,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
 
 def write(page: Page, results: Results) -> None:
     """A table for each number of experts, how fast balance comes, and a verdict."""
-    groups = frontier.grouped(results)
+    groups = grouped(results)
     for group, methods in groups.items():
         page.heading(group)
         page.table(
@@ -76,7 +85,7 @@ def write(page: Page, results: Results) -> None:
             ],
         )
     page.text(frontier.READING)
-    page.step_times(f"`{frontier.REFERENCE}`")
+    page.step_times(f"`{REFERENCE}`")
     page.figure("frontier", frontier.CAPTION, lambda path: frontier.draw(groups, path))
     if first_seed(results):
         page.figure("over-time", _OVER_TIME, lambda path: _draw(groups, path))
@@ -91,7 +100,7 @@ of it is better. Beyond: none is, and the candidate is better than one of it. On
 _OVER_TIME = "MaxVio of each step's tokens over training, mean of the last 10 steps (seed 0)."
 
 
-def _steps(groups: frontier.Groups) -> int:
+def _steps(groups: Groups) -> int:
     return next(iter(next(iter(groups.values())).values()))[0].config.steps
 
 
@@ -108,7 +117,7 @@ def leaders(group: str) -> tuple[str, ...]:
     return LOSSES if group.endswith("softmax") else frontier.LEADERS
 
 
-def verdicts(groups: frontier.Groups) -> list[str]:
+def verdicts(groups: Groups) -> list[str]:
     """For each finalist and group: beyond, on, or behind the leaders' frontier."""
     found = []
     places: dict[str, dict[str, str]] = {}
@@ -117,7 +126,7 @@ def verdicts(groups: frontier.Groups) -> list[str]:
         for group, methods in groups.items():
             best = {n: methods.get(n, ()) for n in leaders(group)}
             mine = methods.get(name, ())
-            if all(len(runs) >= frontier.SEEDS for runs in (mine, *best.values())):
+            if all(len(runs) >= SEEDS for runs in (mine, *best.values())):
                 place = places.setdefault(name, {})[group] = _place(mine, best)
                 against = "; ".join(
                     f"against {leader} {_told(mine, runs)}" for leader, runs in best.items()
@@ -126,7 +135,7 @@ def verdicts(groups: frontier.Groups) -> list[str]:
         if told:
             found.append(f"{name}. {'. '.join(told)}.")
     if not found:
-        return [f"No candidate has the {frontier.SEEDS} paired seeds yet that a verdict takes."]
+        return [f"No candidate has the {SEEDS} paired seeds yet that a verdict takes."]
     held = [n for n, at in places.items() if "behind" not in at.values()]
     return [
         f"On or beyond the frontier wherever its seeds are run: {', '.join(held) or 'no candidate'}.",
@@ -163,10 +172,10 @@ def _differences(
 def _told(mine: Sequence[Result], theirs: Sequence[Result]) -> str:
     losses, loads = _differences(mine, theirs)
     mean, half = mean_interval(loads)
-    return f"loss {frontier.verdict(losses)}, MaxVio {mean:+.2f} ± {half:.2f}"
+    return f"loss {verdict(losses)}, MaxVio {mean:+.2f} ± {half:.2f}"
 
 
-def _draw(groups: frontier.Groups, path: Path) -> None:
+def _draw(groups: Groups, path: Path) -> None:
     panels = {group: first for group, methods in groups.items() if (first := first_seed(methods))}
     draw_load(panels, path, window=10, width=9.0)
 
