@@ -13,7 +13,7 @@ import pytest
 
 import equipoise
 from equipoise import EquipoiseError, Trace, TraceError
-from equipoise.trace.files import Lock, PartWriter, prepare_folder
+from equipoise.trace.files import PartWriter, lock_part, prepare_folder
 from equipoise.trace.parts import FilePart
 from equipoise.trace.schema import Manifest
 
@@ -156,12 +156,12 @@ def test_flipped_bytes_in_the_counts_are_noticed(folder: Path) -> None:
 
 
 def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "run.trace", 0)
+    lock = lock_part(tmp_path / "run.trace", 0)
     with pytest.raises(TraceError, match=rf"written by another process \(pid {os.getpid()}\)"):
-        Lock(tmp_path / "run.trace", 0)
-    Lock(tmp_path / "run.trace", 1).release()
+        lock_part(tmp_path / "run.trace", 0)
+    lock_part(tmp_path / "run.trace", 1).release()
     lock.release()
-    Lock(tmp_path / "run.trace", 0).release()
+    lock_part(tmp_path / "run.trace", 0).release()
 
 
 def test_a_trace_is_not_overwritten_unasked(folder: Path, ids: np.ndarray) -> None:
@@ -207,7 +207,7 @@ def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_file_in_the_way_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "run.trace").write_text("")
     with pytest.raises(EquipoiseError, match="Cannot write the trace"):
-        Lock(tmp_path / "run.trace", 0)
+        lock_part(tmp_path / "run.trace", 0)
 
 
 def test_reading_gives_pages_back_batch_by_batch(folder: Path) -> None:
