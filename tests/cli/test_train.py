@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from equipoise.cli import main
-from equipoise.lab import RECIPES, load
+from equipoise.lab import RECIPES, load, recipe
 from equipoise.lab.folder import RunFolder
 from tests.lab.made_up import SMALL, write_text
 
@@ -191,6 +191,7 @@ def test_wandb_is_offline_and_is_asked_for_before_the_run(
     assert code == 0, err
     assert len(wandb.logged) == 6
     assert wandb.opened[0]["name"] == "tiny"
+    assert wandb.opened[0]["config"]["model.router"] == recipe("tiny").model.router
     assert wandb.opened[0]["mode"] == "offline"
     assert wandb.finished == 1
 
@@ -205,7 +206,7 @@ def test_a_run_folder_goes_by_one_id_at_wandb(
 
     def opened(folder: str, mode: str) -> dict[str, Any]:
         monkeypatch.setenv("WANDB_MODE", mode)
-        _wandb(tmp_path / folder, "tiny")
+        _wandb(tmp_path / folder, recipe("tiny"))
         return wandb.opened[-1]
 
     first, again, other = opened("a", "online"), opened("a", "online"), opened("b", "online")
@@ -227,7 +228,7 @@ def test_both_stretches_of_a_stopped_run_are_kept_offline(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for step in (1, 2):
-        sink, finish = _wandb(tmp_path, "tiny")
+        sink, finish = _wandb(tmp_path, recipe("tiny"))
         sink({"train/loss": 1.0}, step)
         finish()
     kept = [folder.name for folder in (tmp_path / "wandb").glob("offline-run-*")]

@@ -103,9 +103,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
-    tmp_path: Path, configure: Callable[..., Config]
+    tmp_path: Path, configure: Callable[..., Config], number: signal.Signals
 ) -> None:
+    """Killed, it leaves a run behind that sees it, saves and stops."""
     config = configure(tokens=8 * 16 * 300, balance="sign(rate=0.01)", checkpoint_seconds=0)
     (tmp_path / "config.json").write_text(config.to_json())
     (tmp_path / "grid.py").write_text(GRID)
@@ -116,10 +118,10 @@ def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
     )
     while not list(pool.glob("*/checkpoint-*")) and stopped.poll() is None:
         time.sleep(0.02)
-    stopped.send_signal(signal.SIGINT)
-    said = stopped.communicate(timeout=120)[1]
+    stopped.send_signal(number)
+    said = stopped.communicate(timeout=120)[1]  # ends when its run does, which holds the pipe too
     assert missing([config], pool) == [config]
-    assert list(pool.glob("*/checkpoint-*.pt"))
+    assert len(list(pool.glob("*/checkpoint-*.pt"))) == 1
     assert said.count("Traceback") <= 1  # of the script itself, none of its run
     subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
     train(config, folder_of(tmp_path / "whole", config), save=False)
@@ -154,6 +156,40 @@ def test_a_run_that_is_stopped_by_itself_does_not_hold_the_grid(
     assert missing(configs, tmp_path) == configs
     assert any("the same command goes on" in line for line in grid.failures)
     assert any("ended with -9" in line for line in grid.failures)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.parquet", None),
+        ("metrics.parquet", "PAR1"),
+        ("evaluations.json", "[]"),
+        ("evaluations.json", '[{"step": 1'),
+        ("result.json", "{}"),
+        ("environment.json", ""),
+    ],
+)
+def test_a_page_names_the_run_folder_that_is_damaged(
+    tmp_path: Path, configure: Callable[..., Config], file: str, content: str | None
+) -> None:
+    config = configure()
+    folder = folder_of(tmp_path / "runs", config)
+    train(config, folder, save=False)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(EquipoiseError, match=rf"{folder.name}.*[Rr]emove it"):
+        pages.write_page(EXPERIMENTS["scope"], [config], tmp_path, "cpu")
+
+
+def test_other_text_is_taken_with_all_its_domains(tmp_path: Path) -> None:
+    config = EXPERIMENTS["collapse"].configs("cpu", 1)[0]
+    write_text(tmp_path / "other")
+    assert pages._place(config, str(tmp_path / "other"))["data.domains"] == ()
+    for name in config.data.domains:
+        (tmp_path / "same" / name).mkdir(parents=True)
+    assert pages._place(config, str(tmp_path / "same"))["data.domains"] == config.data.domains
 
 
 def test_finished_runs_of_another_text_are_refused(

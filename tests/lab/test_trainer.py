@@ -274,6 +274,64 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(
+    configure: Configure, tmp_path: Path
+) -> None:
+    """For real, by the system's limit on the size of a file, which fails as a full disk does."""
+    resource = pytest.importorskip("resource")
+    config = configure(trace=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "a", progress=stopped_at(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(EquipoiseError, match=r"cannot be written .*make room and run the same"):
+            train(config, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    assert RunFolder(tmp_path / "a").load_checkpoint()["step"] == 2
+    train(config, tmp_path / "a")
+    train(config, tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("file", ["config.json", "environment.json", "checkpoint-00000002-0of1.pt"])
+def test_a_damaged_folder_says_so_and_is_left_alone(
+    configure: Configure, tmp_path: Path, file: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(), tmp_path / "a", progress=stopped_at(2))
+    damaged = tmp_path / "a" / file
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(EquipoiseError, match=rf"{file} cannot be read .*--force"):
+        train(configure(), tmp_path / "a")
+    assert damaged.stat().st_size == 100
+    train(configure(trace=False), tmp_path / "a", force=True)
+
+
+def test_metrics_show_how_it_came_to_nan(configure: Configure, tmp_path: Path) -> None:
+    config = configure(optimizer__lr=1e30, optimizer__clip=0)
+    with pytest.raises(EquipoiseError, match="The run is stopped"):
+        train(config, tmp_path)
+    assert RunFolder(tmp_path).metrics()["step"].to_pylist()[0] == 1
+
+
+def test_text_that_is_read_more_than_once_is_told(configure: Configure, tmp_path: Path) -> None:
+    said: list[str] = []
+    train(configure(trace=False), tmp_path / "once", say=said.append)
+    assert not any("more than once" in line for line in said)
+    config = configure(trace=False, tokens=8 * 16 * 1200)
+    corpus = load_corpus(config.data)
+    rows = (len(corpus.domains[0].train) - 1) // 16
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "often", say=said.append, progress=stopped_at(1))
+    (told,) = [line for line in said if "more than once" in line]
+    assert f"{corpus.names[0]} {1200 * 8 / 3 / rows:.1f} times" in told
+
+
 def _full_at_result(written: Any, folder: Any, name: str, values: Any, at: Path) -> None:
     from equipoise.lab.saving import saving
 

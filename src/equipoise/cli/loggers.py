@@ -6,14 +6,20 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from equipoise.cli.common import say
 from equipoise.errors import EquipoiseError
 
+if TYPE_CHECKING:
+    from equipoise.lab.config import Config
 
-def loggers(path: Path, name: str, *, tensorboard: bool, wandb: bool, first: bool) -> list[Any]:
+
+def loggers(
+    path: Path, config: Config, *, tensorboard: bool, wandb: bool, first: bool
+) -> list[Any]:
     """Context managers of the sinks that were asked for; EquipoiseError where a package is missing."""
     from importlib.util import find_spec
 
@@ -22,19 +28,19 @@ def loggers(path: Path, name: str, *, tensorboard: bool, wandb: bool, first: boo
         if on and find_spec(package) is None:
             raise EquipoiseError(f"--{package} needs: pip install 'equipoise[{package}]'.")
     makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    return [_late(makers[kind], path, name) for kind, on in wanted.items() if on and first]
+    return [_late(makers[kind], path, config) for kind, on in wanted.items() if on and first]
 
 
 @contextmanager
 def _late(
-    make: Callable[[Path, str], tuple[Any, Callable[[], None]]], path: Path, name: str
+    make: Callable[[Path, Config], tuple[Any, Callable[[], None]]], path: Path, config: Config
 ) -> Iterator[Any]:
     """A sink that is made at the first step: before it, the folder has to be the run's alone."""
     made: list[Any] = []
 
     def sink(metrics: Mapping[str, float], step: int) -> None:
         if not made:
-            made.append(make(path, name))
+            made.append(make(path, config))
         made[0][0](metrics, step)
 
     try:
@@ -44,7 +50,7 @@ def _late(
             made[0][1]()
 
 
-def _tensorboard(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
+def _tensorboard(path: Path, config: Config) -> tuple[Any, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
     from equipoise.balance import sinks
@@ -53,22 +59,26 @@ def _tensorboard(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
     return sinks.tensorboard(writer), writer.close
 
 
-def _wandb(path: Path, name: str) -> tuple[Any, Callable[[], None]]:
+def _wandb(path: Path, config: Config) -> tuple[Any, Callable[[], None]]:
     import wandb
 
     from equipoise.balance import sinks
+    from equipoise.lab.config import flat
 
     mode = os.environ.get("WANDB_MODE", "offline")
     number, again = _wandb_id(path / "wandb" / "run-id.txt")
     if mode in ("offline", "dryrun"):
         # Offline runs cannot be resumed, and of two with one id the later upload may replace the
         # earlier: each stretch of training gets a run, and all of them one group.
-        more = {"group": f"{name}-{number}"}
+        more = {"group": f"{config.name}-{number}"}
         if again:
             say(f"W&B is offline: these steps are a run of their own, of group {more['group']}.")
     else:
         more = {"id": number, "resume": "allow"}
-    run = wandb.init(project="equipoise", name=name, dir=str(path), mode=mode, **more)
+    settings = dict(flat(asdict(config)))
+    run = wandb.init(
+        project="equipoise", name=config.name, dir=str(path), mode=mode, config=settings, **more
+    )
     return sinks.wandb(run), run.finish
 
 

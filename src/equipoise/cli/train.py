@@ -114,7 +114,7 @@ def _train(
         raise EquipoiseError(f"Which recipe? There are {', '.join(recipes.RECIPES)}; try --list.")
     config = recipes.recipe(recipe, _settings(values))
     path = out or Path("runs") / recipe
-    logging_to = loggers(path, config.name, tensorboard=tensorboard, wandb=wandb, first=_first())
+    logging_to = loggers(path, config, tensorboard=tensorboard, wandb=wandb, first=_first())
     tell: Callable[[str], None] = say if _first() else _silent
     from transformers.utils import logging
 

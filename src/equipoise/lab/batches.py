@@ -47,6 +47,11 @@ class Batches:
             found.append((ids, targets, domains[start : start + size]))
         return found
 
+    def passes(self) -> dict[str, float]:
+        """How often the whole run reads each domain."""
+        rows = self.config.steps * self.config.batch_rows / len(self.corpus.domains)
+        return {d.name: rows / row_count(d.train, self.length) for d in self.corpus.domains}
+
     def _blocks(self, step: int) -> list[int]:
         count = self.config.batch_rows // self.config.data.block
         blocks = np.arange(step * count, (step + 1) * count)

@@ -167,7 +167,8 @@ def _by_domain(config: DataConfig) -> dict[str, list[str]]:
         if name not in texts:
             raise EquipoiseError(
                 f"data.domains names {name!r}, which data.source={config.source!r} does not have: "
-                f"there are {', '.join(sorted(texts))}.{nearest(name, texts)}"
+                f"there are {', '.join(sorted(texts))}.{nearest(name, texts)} An empty data.domains "
+                "takes all."
             )
     return {name: texts[name] for name in config.domains}
 
@@ -221,8 +222,8 @@ def _streams(
     """Tokens to train on, tokens held out, and the bytes of text of the latter.
 
     Documents are shuffled; the first ones are held out until there are enough tokens, the last of
-    them cut where it is far too long for that (a book), the rest of it being trained on. Another
-    copy of a document that is held out is dropped.
+    them cut where it is far too long for that (a book) or is the last there is, the rest of it being
+    trained on. Another copy of a document that is held out is dropped.
     """
     order = np.random.default_rng(0).permutation(len(documents))
     shuffled = [documents[i] for i in order]
@@ -239,7 +240,8 @@ def _streams(
             train += [ids] if text not in seen else []
             continue
         seen.add(text)
-        cut = missing if len(ids) > 2 * missing else len(ids)
+        alone = done == len(shuffled) - 1 and not train
+        cut = missing if len(ids) > 2 * missing or (alone and len(ids) > missing) else len(ids)
         held.append(ids[:cut])
         train.append(ids[cut:])
         missing -= cut

@@ -21,7 +21,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, differences
-from equipoise.lab.saving import saving
+from equipoise.lab.saving import replacing, saving
 from equipoise.lock import Lock
 
 LOCK = "run.lock"
@@ -53,12 +54,15 @@ class RunFolder:
         """Keep other processes out of the folder, which is made; HeldError where one is in it."""
         if self.path.exists() and not self.path.is_dir():
             raise EquipoiseError(f"{self.path} is a file; choose a folder with --out.")
-        with saving(self.path / LOCK):
+        with saving(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        try:
             return Lock(self.path / LOCK, self.path)
+        except OSError as error:
+            raise EquipoiseError(f"{self.path} cannot be written ({error}).") from error
 
-    def check(self, config: Config, digest: str) -> None:
-        """Raise EquipoiseError where the folder holds something else than this run."""
+    def check(self, config: Config) -> None:
+        """Raise EquipoiseError where the folder holds something else, or a run of other settings."""
         if not (self.path / "config.json").exists():
             if self.path.exists() and any(file.name != LOCK for file in self.path.iterdir()):
                 raise EquipoiseError(
@@ -74,6 +78,8 @@ class RunFolder:
                 f"{self.path} holds a run with {key}={theirs}, not {ours}{more}: choose another "
                 "folder with --out, or --force to begin anew here."
             )
+
+    def _check_text(self, digest: str) -> None:
         before = self.read("environment.json")["tokens"] if self._described else digest
         if before != digest:
             raise EquipoiseError(
@@ -88,7 +94,8 @@ class RunFolder:
         """
         if force and self.path.exists():
             self._remove()
-        self.check(config, digest)
+        self.check(config)
+        self._check_text(digest)
         if not (self.path / "config.json").exists():
             with saving(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,8 @@ class RunFolder:
         file = self.path / "config.json"
         if not file.exists():
             raise EquipoiseError(f"{self.path} is no run's folder: it has no config.json.")
-        return Config.from_json(file.read_text(encoding="utf-8"))
+        with self._readable(file):
+            return Config.from_json(file.read_text(encoding="utf-8"))
 
     def write(self, name: str, values: Any) -> None:
         """A JSON file, whole or not at all."""
@@ -135,7 +143,22 @@ class RunFolder:
 
     def read(self, name: str) -> Any:
         """A JSON file."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        file = self.path / name
+        with self._readable(file):
+            return json.loads(file.read_text(encoding="utf-8"))
+
+    @contextmanager
+    def _readable(self, file: Path) -> Iterator[None]:
+        """Turns what a damaged file raises into one line."""
+        try:
+            yield
+        except EquipoiseError:
+            raise
+        except Exception as error:  # torch, pyarrow and json have errors of their own
+            raise EquipoiseError(
+                f"{file} cannot be read ({type(error).__name__}: {error}): the folder is damaged. "
+                "Remove it, or begin anew there with --force."
+            ) from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """`metrics.parquet`, whole or not at all."""
@@ -143,24 +166,22 @@ class RunFolder:
         import pyarrow.parquet as pq
 
         table = pa.Table.from_pylist([dict(row) for row in rows])
-        unfinished = self.path / "metrics.tmp"
-        with saving(unfinished):
+        with replacing(self.path / "metrics.parquet") as unfinished:
             pq.write_table(table, unfinished, compression="zstd")
-            unfinished.replace(self.path / "metrics.parquet")
 
     def metrics(self) -> Any:
         """A table with a row per optimizer step."""
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / "metrics.parquet")
+        file = self.path / "metrics.parquet"
+        with self._readable(file):
+            return pq.read_table(file)
 
     def save_checkpoint(self, state: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> None:
         """What one process goes on from, after step `state["step"]`; earlier ones stay."""
         file = self.path / f"checkpoint-{state['step']:08d}-{rank}of{ranks}.pt"
-        unfinished = file.with_suffix(".tmp")
-        with saving(unfinished):
+        with replacing(file) as unfinished:
             torch.save(state, unfinished)
-            unfinished.replace(file)
 
     def keep_checkpoint(self, step: int, rank: int = 0, ranks: int = 1) -> None:
         """Remove a process's checkpoints of other steps, once all processes have that of `step`."""
@@ -188,7 +209,8 @@ class RunFolder:
                 "it with as many."
             )
         file = self.path / f"checkpoint-{max(steps)}-{rank}of{ranks}.pt"
-        return torch.load(file, map_location="cpu", weights_only=False)
+        with self._readable(file):
+            return torch.load(file, map_location="cpu", weights_only=False)
 
     def remove_checkpoints(self) -> None:
         """The run is finished."""
@@ -198,10 +220,8 @@ class RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with saving(unfinished):
+    with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
 
 
 MACHINE = ("processor", "gpu", "cpus")

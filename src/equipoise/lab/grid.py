@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import queue
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ class _Job:
     process: Any
     said: Any = None
     """Its last `Progress`."""
+    first: int | None = None
+    """Steps that it had made before."""
     gone: bool = False
     """Its process has ended, and no news of it has come."""
 
@@ -55,6 +59,7 @@ class Grid:
         jobs: dict[int, _Job] = {}
         begin = told = time.monotonic()
         total, number = len(waiting), 0
+        before = _interrupted_by(signal.SIGTERM)
         try:
             while waiting or jobs:
                 while waiting and len(jobs) < self.workers:
@@ -68,6 +73,8 @@ class Grid:
             for job in jobs.values():
                 job.process.terminate()
                 job.process.join()
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
         if self.failures:
             raise EquipoiseError(
                 f"{len(self.failures)} of {total} runs failed; the first, {self.failures[0]}"
@@ -100,6 +107,7 @@ class Grid:
             return
         if kind == "progress":
             job.said = value
+            job.first = value.step - 1 if job.first is None else job.first
             return
         job.process.join()
         del jobs[number]
@@ -126,18 +134,19 @@ class Grid:
 
     def _report(self, jobs: dict[int, _Job], done: int, total: int, begin: float) -> None:
         parts = []
-        under_way = 0.0
+        made, under_way = float(done), 0.0
         for job in jobs.values():
             p = job.said
-            if p is not None:
+            if p is not None and job.first is not None:
+                made += (p.step - job.first) / p.steps
                 under_way += p.step / p.steps
                 parts.append(
                     f"{_name(job.config)} {p.step}/{p.steps} loss {p.loss:.2f} "
                     f"MaxVio {p.max_vio:.2f} (chance {p.floor:.2f}) {p.tokens_per_second:,.0f} tok/s"
                 )
         spent = time.monotonic() - begin
-        share = (done + under_way) / total
-        left = f", about {spent * (1 - share) / share / 60:.0f} min left" if share > 0.02 else ""
+        missing = total - done - under_way
+        left = f", about {spent * missing / made / 60:.0f} min left" if made > 0.02 * total else ""
         self.say(f"{done} of {total} done{left} | " + " | ".join(parts))
 
 
@@ -148,6 +157,17 @@ def missing(configs: Sequence[Config], pool: Path) -> list[Config]:
         if Result.find(pool, config) is None:
             found.setdefault(folder_of(pool, config), config)
     return list(found.values())
+
+
+def _interrupted_by(number: signal.Signals) -> Any:
+    """Let a signal do what Ctrl-C does; what it did before, or None off the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(number, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def check_text(configs: Sequence[Config], pool: Path) -> None:
@@ -185,7 +205,7 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
 
     def progress(now: Any) -> None:
         if os.getppid() != parent:
-            raise SystemExit("the grid is gone")  # killed; its next start goes on from a checkpoint
+            signal.raise_signal(signal.SIGTERM)  # the grid was killed: save, and stop
         if time.monotonic() - last[0] > EVERY / 4 or now.step == now.steps:
             last[0] = time.monotonic()
             news.put((number, "progress", now))

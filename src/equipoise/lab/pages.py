@@ -42,9 +42,10 @@ def run_experiment(
 ) -> Path:
     """Run what is missing of an experiment's grid in `out`/runs, and write `out`/<name>.md.
 
-    redraw: run nothing; make the page from the runs that are there. data: another place of the
-    text. workers: runs at a time; one for each core, or on a GPU one. An experiment that measures rather
-    than trains takes neither seeds nor data, nor workers.
+    redraw: run nothing; make the page from the runs that are there. data: another place of the text, or
+    other text by domain, of which all domains are taken. workers: runs at a time; one for each core, or
+    on a GPU one. An experiment that measures rather than trains takes neither seeds nor data, nor
+    workers.
     Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
     """
     experiment = find(name)
@@ -60,7 +61,7 @@ def run_experiment(
         return write_page(experiment, [], Path(out), tier)
     configs = experiment.configs(tier, seeds)
     if data is not None:
-        configs = [config.change({"data.source": data}) for config in configs]
+        configs = [config.change(_place(config, data)) for config in configs]
     if redraw:
         if not _finished(configs, pool):
             raise EquipoiseError(
@@ -75,6 +76,15 @@ def run_experiment(
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
             path = write_page(experiment, configs, Path(out), tier, seeds)
     return path
+
+
+def _place(config: Config, data: str) -> dict[str, object]:
+    """Another source: the domains asked for where it has them all, else all that it has."""
+    root = Path(data).expanduser()
+    there = all(
+        (root / name).is_dir() or any(root.glob(f"{name}.*")) for name in config.data.domains
+    )
+    return {"data.source": data, "data.domains": config.data.domains if there else ()}
 
 
 def overview(out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1) -> Iterator[str]:
@@ -120,6 +130,7 @@ def write_page(
     for config in configs:
         result = Result.find(out / "runs", config)
         if result is not None:
+            result.check()
             by_name.setdefault(config.name, []).append(result)
     name = page_name(experiment, tier)
     page = Page(name, out / "runs", Turns.read(turns_of(out / "runs", experiment, tier)))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, flat
 from equipoise.lab.evaluate import Evaluation
 from equipoise.lab.folder import LABELS, RunFolder
@@ -50,6 +51,18 @@ class Result:
         """The finished run of a config, or None."""
         folder = RunFolder(folder_of(pool, config))
         return cls(config, folder.path) if folder.finished else None
+
+    def check(self) -> None:
+        """Raise EquipoiseError where what a page reads of the folder is not whole."""
+        try:
+            self.summary["parameters"], self.environment["tokens"], self.final.loss
+            if len(self.counts) != self.summary["steps"]:
+                raise ValueError(f"{len(self.counts)} of {self.summary['steps']} steps")
+        except (LookupError, TypeError, ValueError) as error:
+            raise EquipoiseError(
+                f"{self.path} is no whole run ({type(error).__name__}: {error}): remove it, and it will "
+                "be run again."
+            ) from error
 
     @cached_property
     def summary(self) -> dict[str, Any]:

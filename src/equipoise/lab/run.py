@@ -105,7 +105,15 @@ class Run:
             restore(self, kept)
             self.say(f"Going on after step {self.step} of {self.config.steps}.")
         self.journal.begin(self.step)
+        if self.step == 0:
+            self._tell_passes()
         self._saved, self._saved_step = time.monotonic(), self.step
+
+    def _tell_passes(self) -> None:
+        """Say which domains the run reads more than once."""
+        told = [f"{name} {n:.1f} times" for name, n in self.batches.passes().items() if n > 1]
+        if told:
+            self.say(f"Text that is read more than once: {', '.join(told)}.")
 
     # -- training -----------------------------------------------------------------------------
 
@@ -197,6 +205,8 @@ class Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         if self.handle is not None:
             self.handle.discard()
+        if self.processes.first and self.journal.rows:
+            self.folder.write_metrics(self.journal.rows)  # how it came to this
         where = first_not_finite(self.model, self.plain, micro_batches, self.processes)
         raise self._stopped(self.step + 1, f"{what}; {where}")
 

@@ -45,6 +45,9 @@ def train(
     run = Run(config, folder, processes, sinks=sinks, progress=progress, say=say)
     lock = None
     try:
+        with processes.together():
+            if processes.first and not force:
+                folder.check(config)  # before text is read, which takes longer
         corpus = _corpus(config, processes, say)
         with processes.together():
             if processes.first:

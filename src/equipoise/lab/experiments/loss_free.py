@@ -52,6 +52,8 @@ METHODS = {
     "sigmoid, proportional 1e-3": "proportional(rate=0.001)",
     "sigmoid, multiplicative 1e-3": "multiplicative(rate=0.001)",
     "softmax, none": "none",
+    "softmax, sign 1e-3": "sign(rate=0.001)",
+    "softmax, multiplicative 1e-3": "multiplicative(rate=0.001)",
     "softmax, aux 3e-4": "switch(scope=global, weight=0.0003)",
     "softmax, aux 1e-2": "switch(scope=global, weight=0.01)",
     "softmax, proportional 1e-3": "proportional(rate=0.001)",
