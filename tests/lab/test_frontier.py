@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equipoise.lab.experiments import paired, recipe
+from equipoise.lab.experiments import frontier, paired, recipe
 
 NOISE = (0.004, -0.003, 0.001, -0.004, 0.002)
 
@@ -102,3 +102,18 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "sign, decaying. 16 experts: beyond the frontier (against switch 0.01"
     )
     assert "nan" not in " ".join(found)
+
+
+def test_families_lose_their_strength_where_there_are_several() -> None:
+    names = (
+        "switch 0.01",
+        "switch 0.1",
+        "quantile, ema 0.9",
+        "quantile",
+        "PID",
+        "sign 1e-3",
+        "sign 1e-2",
+    )
+    assert list(frontier.families_of(names).values()) == [
+        "switch", "switch", "quantile, ema 0.9", "quantile", "PID", "sign", "sign"
+    ]  # fmt: skip

@@ -11,8 +11,13 @@ from equipoise.cli.common import say
 
 
 def lab(
-    experiment: Annotated[
-        str | None, typer.Argument(help="Which one; see --list.", show_default=False)
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT]...",
+            help="Which, one after the other; see --list.",
+            show_default=False,
+        ),
     ] = None,
     tier: Annotated[str, typer.Option(help="Sizes for a cpu, or for one gpu.")] = "cpu",
     seeds: Annotated[int, typer.Option(help="Seeds of every run, at least.", min=1)] = 1,
@@ -34,34 +39,37 @@ def lab(
         bool, typer.Option("--list", help="List the experiments, and how much is run.")
     ] = False,
 ) -> None:
-    """Run what is missing of an experiment, and write its page with table and figures.
+    """Run what is missing of experiments, and write their pages with tables and figures.
 
     Stopped, it goes on where it was: finished runs are kept in the out folder, and are shared by
     experiments.
     """
     from equipoise.errors import EquipoiseError
 
-    if names or experiment is None:
+    if names or not experiments:
         from equipoise.lab.pages import overview
 
         for line in overview(out, tier=tier, seeds=seeds):
             print(line)
         return
-    from equipoise.lab.pages import run_experiment
+    from equipoise.lab.pages import find, run_experiment
 
+    for experiment in experiments:
+        find(experiment)
     if tier == "gpu" and not redraw:
         import torch
 
         if not torch.cuda.is_available():
             raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
-    page = run_experiment(
-        experiment,
-        out,
-        tier=tier,
-        seeds=seeds,
-        workers=workers,
-        redraw=redraw,
-        data=data,
-        say=say,
-    )
-    say(f"Wrote {page} and its figures. Runs are in {out / 'runs'}.")
+    for experiment in experiments:
+        page = run_experiment(
+            experiment,
+            out,
+            tier=tier,
+            seeds=seeds,
+            workers=workers,
+            redraw=redraw,
+            data=data,
+            say=say,
+        )
+        say(f"Wrote {page} and its figures. Runs are in {out / 'runs'}.")

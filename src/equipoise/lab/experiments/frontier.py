@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -205,9 +206,10 @@ def findings(groups: Groups) -> list[str]:
 def draw(groups: Groups, path: Path) -> None:
     """Loss difference against MaxVio, a panel for each group."""
     figure, axes = figures.panels(len(groups), width=9.0, height=4.2)
+    families = families_of(name for methods in groups.values() for name in methods)
     styles = {
         family: {"color": figures.COLOURS[n % 10], "marker": "os^"[n // 10 % 3]}
-        for n, family in enumerate(_families(groups))
+        for n, family in enumerate(dict.fromkeys(families.values()))
     }
     for axis, (group, methods) in zip(axes, groups.items(), strict=True):
         axis.axhspan(-MARGIN, MARGIN, color="#f0f0f0", zorder=0)
@@ -217,7 +219,7 @@ def draw(groups: Groups, path: Path) -> None:
             if differences:
                 mean, half = mean_interval(differences)
                 load = float(np.mean([r.final.max_vio for r in runs]))
-                lines.setdefault(family_of(name), []).append((load, mean, half))
+                lines.setdefault(families[name], []).append((load, mean, half))
         for family, points in lines.items():
             xs, ys, halves = np.array(sorted(points)).T
             axis.errorbar(
@@ -232,14 +234,17 @@ def draw(groups: Groups, path: Path) -> None:
     figures.save(figure, path)
 
 
-def family_of(name: str) -> str:
-    """A method's name without its strength."""
+def families_of(names: Iterable[str]) -> dict[str, str]:
+    """Names without their strength, where there are several strengths of one method."""
+    names = list(dict.fromkeys(names))
+    heads = {name: _without_strength(name) for name in names}
+    counts = Counter(heads.values())
+    return {name: head if counts[head] > 1 else name for name, head in heads.items()}
+
+
+def _without_strength(name: str) -> str:
     head, _, last = name.rpartition(" ")
-    return head if head and last.replace(".", "").isdigit() else name
-
-
-def _families(groups: Groups) -> list[str]:
-    return list(dict.fromkeys(family_of(n) for methods in groups.values() for n in methods))
+    return head if head and last.replace(".", "").replace("e-", "").isdigit() else name
 
 
 EXPERIMENT = Experiment(

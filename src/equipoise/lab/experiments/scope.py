@@ -34,7 +34,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
     block = base.data.block
     base = base.change(
         {
-            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
+            "tokens": 2_000_000 if tier == "cpu" else base.tokens,
             "evaluation_tokens": 100_000,
             "data.arrangement": "domain",
             "micro_rows": block,
@@ -73,6 +73,14 @@ def configs(tier: str, seeds: int) -> list[Config]:
             "balance": "sign(rate=0.01, scope=micro)", "model.router": "sigmoid"
         },
     }  # fmt: skip
+    if tier == "gpu":
+        kept = (
+            f"micro {block}",
+            "global",
+            "exact",
+            f"micro {block}, mixed domains (shuffle control)",
+        )
+        runs = {name: runs[name] for name in kept}
     return seeded([base.change({"name": n, **c}) for n, c in runs.items()], seeds)
 
 
@@ -256,6 +264,7 @@ EXPERIMENT = Experiment(
         """that micro-batches of one domain are what trainers have: they are the extreme case, chosen so
         that the effect shows;""",
         "step times of a data-parallel run: one process has no communication to wait for;",
+        """anything of buffers of another length than a step, or of more than 64 rows (the paper: to 512);""",
         """how many experts specialise by the published thresholds (0.15 and 0.2 of a domain's
         selections), which are for 64 experts.""",
     ),
