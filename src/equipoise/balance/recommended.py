@@ -27,9 +27,9 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
 
     A model whose every router has a selection bias of its own on sigmoid scores (DeepSeek-V3, GLM-4 MoE,
     ...) gets that bias set by `Quantile`, under its group limits; the bias stays in its checkpoints. The
-    others would lose a bias when they are saved: they get the Switch loss over the global batch, its
-    weight falling from 0.1, when experts starve, to the published 0.01. docs/balance.md says what this
-    rests on.
+    others get the Switch loss over the global batch, its weight falling from 0.1, when experts starve, to
+    the published 0.01: nearly all of them would lose a bias when they are saved. docs/balance.md says
+    what this rests on.
 
     Raises EquipoiseError for a model without routers, and for steps below 1.
     """
