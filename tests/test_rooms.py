@@ -12,10 +12,11 @@ import pytest
 import equipoise
 
 PACKAGE = Path(equipoise.__file__).parent
-FREE = {"errors", "routing"}
+FREE = {"errors", "lock", "routing"}
 ALLOWED = {
     "routing": set(),
     "errors": set(),
+    "lock": set(),
     "models": set(),
     "metrics": set(),
     "trace": {"metrics"},

@@ -17,6 +17,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.lab.config import ModelConfig
 from equipoise.lab.model import LanguageModel
 from tests.capture.mmlu_tools import make_model
+from tests.models import tiny
 
 EXPERTS = 16
 
@@ -49,7 +50,8 @@ def max_vio(model: nn.Module, steps: int, *terms: Loss | Bias) -> float:
     [
         ("sigmoid", Bias),
         ("sigmoid(selection=group_limited(groups=4, limit=2))", Bias),
-        ("softmax", Loss),
+        ("softmax", Bias),
+        ("softmax(selection_bias=False)", Loss),
         ("mixtral", Loss),
     ],
 )
@@ -117,6 +119,33 @@ def test_the_quantile_goes_by_the_groups_of_the_family(
     config = hf.Glm4MoeConfig(**size, n_group=groups, topk_group=limit)
     (term,) = recommended(hf.Glm4MoeForCausalLM(config))
     assert term == told if told else isinstance(term, Loss)
+
+
+def test_a_softmax_router_with_a_bias_of_its_own_gets_it_set() -> None:
+    size = {
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = hf.Ernie4_5_MoeConfig(**size, moe_num_experts=8, moe_k=2, moe_layer_start_index=0)
+    model = hf.Ernie4_5_MoeForCausalLM(config)
+    terms = recommended(model)
+    assert terms == (Bias(Quantile()),)
+    handle = attach(model, *terms)
+    ids = torch.randint(0, 60, (8, 64))
+    seen = []
+    for _ in range(20):
+        model(input_ids=ids).logits.sum().backward()
+        handle.step()
+        seen.append(handle.metrics()["balance/max_vio"])
+    assert seen[-1] < seen[0] / 2
+
+
+def test_experts_that_compute_nothing_are_left_out_of_it() -> None:
+    (term,) = recommended(tiny.build("longcat_flash"))
+    assert isinstance(term, Loss)
 
 
 def test_a_family_without_one_gets_a_loss() -> None:

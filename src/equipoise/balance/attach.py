@@ -22,6 +22,7 @@ from equipoise.balance.arguments import (
 from equipoise.balance.biases import LayerBias
 from equipoise.balance.book import Book
 from equipoise.balance.capacities import Capacities
+from equipoise.balance.controllers.protocol import Acts
 from equipoise.balance.courses import Courses
 from equipoise.balance.frameworks import OwnTerms
 from equipoise.balance.layers import Layer
@@ -161,7 +162,7 @@ class Handle:
         self._undo.append(own.restore)
         self.biases: list[LayerBias] = []
         if bias is not None or (self.courses is not None and self.courses.term.takes_out):
-            acts = "add" if bias is None else bias.controller.acts
+            acts: Acts = "add" if bias is None else bias.controller.acts
             for site, block in zip(self.sites, blocks, strict=True):
                 where = selecting(scan, site)
                 placed = LayerBias(site, holders(scan, site), where, device_of(block), acts=acts)

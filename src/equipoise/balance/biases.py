@@ -7,16 +7,19 @@ the router's top-k is answered with a bias (models/selection.py), which `handle.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equipoise.balance.controllers.margins import GroupLimit
+from equipoise.balance.controllers.protocol import Acts
+from equipoise.balance.places import holders, selecting, sites_of
 from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite
 from equipoise.models.describe import BIAS_NAMES
+from equipoise.models.scan import Scan
 from equipoise.models.selection import BiasedSelection, refuse_without_selection
 from equipoise.nn.selection import GroupLimited
 
@@ -34,7 +37,7 @@ class LayerBias:
         selecting: nn.Module,
         device: torch.device,
         *,
-        acts: str = "add",
+        acts: Acts = "add",
     ) -> None:
         self.site, self.acts = site, acts
         self._undo: list[Callable[[], None]] = []
@@ -106,6 +109,15 @@ class LayerBias:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+
+
+def put_back(model: nn.Module, biases: Mapping[int, tuple[Acts, Tensor]]) -> None:
+    """Let routers, by number, select with biases [E] that the model has no place for, as in training."""
+    scan, sites = Scan(model), sites_of(model, None)
+    for number, (acts, bias_E) in biases.items():
+        site = sites[number]
+        where = selecting(scan, site)
+        LayerBias(site, holders(scan, site), where, bias_E.device, acts=acts).write(bias_E)
 
 
 def own_bias(site: RouterSite, holders: Iterable[nn.Module]) -> tuple[nn.Module, str] | None:

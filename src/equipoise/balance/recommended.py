@@ -16,20 +16,17 @@ from equipoise.errors import EquipoiseError
 from equipoise.models import RouterSite
 from equipoise.models.scan import Scan
 
-INDEPENDENT = ("sigmoid", "sqrtsoftplus")
-"""Score functions of each expert by itself, whose scores do not shrink with the number of experts."""
-
 
 def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ...]:
     """Balancing terms for `attach(model, *recommended(model), optimizer=optimizer)`.
 
     steps: optimizer steps over which a loss falls, at best those of the run.
 
-    A model whose every router has a selection bias of its own on sigmoid scores (DeepSeek-V3, GLM-4 MoE,
-    ...) gets that bias set by `Quantile`, under its group limits; the bias stays in its checkpoints. The
-    others get the Switch loss over the global batch, its weight falling from 0.1, when experts starve, to
-    the published 0.01: nearly all of them would lose a bias when they are saved. docs/balance.md says
-    what this rests on.
+    A model whose every router has a selection bias of its own (DeepSeek-V3, GLM-4 MoE, ERNIE 4.5 MoE, ...)
+    gets that bias set by `Quantile`, under its group limits; the bias stays in its checkpoints. The
+    others would lose a bias when they are saved, or have experts that compute nothing (LongCat), whose
+    share is no one's to level: they get the Switch loss over the global batch, its weight falling from
+    0.1, when experts starve, to the published 0.01. docs/balance.md says what this rests on.
 
     Raises EquipoiseError for a model without routers, and for steps below 1.
     """
@@ -41,7 +38,7 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
     scan = Scan(model)
     sites = sites_of(model, None)
     held = [(site, holders(scan, site)) for site in sites]
-    if all(s.score_function in INDEPENDENT and own_bias(s, modules) for s, modules in held):
+    if all(not s.null_experts and own_bias(s, modules) for s, modules in held):
         limits = {group_limit(site, modules) for site, modules in held}
         if len(limits) == 1 and all(_leaves_a_choice(limit, sites) for limit in limits):
             return (Bias(Quantile(groups=limits.pop())),)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from equipoise.balance.biases import LayerBias
-from equipoise.balance.places import holders, selecting, sites_of
+from equipoise.balance.biases import put_back
+from equipoise.balance.controllers.protocol import Acts
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import load_corpus, tokenizer_for_transformers
@@ -17,7 +17,6 @@ from equipoise.lab.folder import RunFolder
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.saving import saving
 from equipoise.lab.states import whole_state
-from equipoise.models.scan import Scan
 
 if TYPE_CHECKING:
     from equipoise.lab.run import Run
@@ -77,12 +76,11 @@ def _outside(run: Run) -> dict[str, Tensor]:
 
 def _put_on(model: LanguageModel, outside: dict[str, Tensor]) -> None:
     """Let the routers select as they did in training."""
-    scan, sites = Scan(model), sites_of(model, None)
+    biases: dict[int, tuple[Acts, Tensor]] = {}
     for name, bias_E in outside.items():
         _, number, acts = name.split(".")
-        site = sites[int(number)]
-        where = selecting(scan, site)
-        LayerBias(site, holders(scan, site), where, bias_E.device, acts=acts).write(bias_E)
+        biases[int(number)] = ("multiply" if acts == "multiply" else "add", bias_E)
+    put_back(model, biases)
 
 
 def _write(state: dict[str, Tensor], path: Path) -> None:
