@@ -97,7 +97,11 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "No candidate" in recipe.verdicts({"16 experts": without})[0]
     )  # the frontier may lie there
     found = recipe.verdicts({"16 experts": methods, "64 experts": few})
-    assert found[0] == "On or beyond the frontier wherever its seeds are run: sign, decaying."
+    assert found[0] == (
+        "On or beyond the frontier wherever its seeds are run: sign, decaying. Beyond it: sign, decaying."
+    )
+    alike = recipe.verdicts({"16 experts": {**methods, "sign, decaying": runs(3.86, 0.2)}})
+    assert "Beyond it: none, so that no combination" in alike[0]
     assert found[1].startswith(
         "sign, decaying. 16 experts: beyond the frontier (against switch 0.01"
     )

@@ -47,7 +47,8 @@ FINALISTS = {
 }
 """In as many paired seeds as the frontier's leaders, with 16 experts."""
 GO_ON: tuple[str, ...] = ()
-"""Finalists that are not behind the frontier of 16 experts: with 64 and 256, too."""
+"""Finalists beyond the frontier of 16 experts: with 64 and 256, too. None is: of what is only on it, the
+single method is the simpler."""
 SOFTMAX = "softmax(weighting=scores)"
 LOSSES = (WEAK, STRONG)
 """The leaders for families that have no selection bias, nearly all of those with a softmax router."""
@@ -135,8 +136,10 @@ def verdicts(groups: Groups) -> list[str]:
     if not found:
         return [f"No candidate has the {SEEDS} paired seeds yet that a verdict takes."]
     held = [n for n, at in places.items() if "behind" not in at.values()]
+    beyond = [n for n in held if "beyond" in places[n].values()]
     return [
-        f"On or beyond the frontier wherever its seeds are run: {', '.join(held) or 'no candidate'}.",
+        f"On or beyond the frontier wherever its seeds are run: {', '.join(held) or 'no candidate'}. "
+        f"Beyond it: {', '.join(beyond) or 'none, so that no combination here beats the single methods'}.",
         *found,
     ]
 
@@ -183,7 +186,7 @@ EXPERIMENT = Experiment(
     "A better recipe",
     """Is there a combination of published methods that is on or beyond the frontier of the single ones at
     every number of experts? Finalists are run with 16 experts, in the seeds of `frontier`'s leaders, and go
-    on to 64 and 256 if they are not behind there. Families without a selection bias (Mixtral, OLMoE,
+    on to 64 and 256 if they are beyond the frontier there. Families without a selection bias (Mixtral, OLMoE,
     Qwen3-MoE, ...) have no place to keep one: for them it is asked of losses alone, with the softmax router
     that they have and 64 experts; `quantile` beside them shows what a place for it would be worth.""",
     configs,
