@@ -238,9 +238,11 @@ def test_the_loaded_device_takes_more_memory_and_the_other_less(measured: Path) 
     sizes = Points.read(measured).sizes
     first = [sizes[name].peak_bytes[0] for name in ("50 %, even", "75 %, even", "100 %, even")]
     second = [sizes[name].peak_bytes[1] for name in ("50 %, even", "75 %, even", "100 %, even")]
-    assert first == sorted(first)
-    assert second == sorted(second, reverse=True)
-    assert first[2] > first[0]
+    # Peaks differ by a message of some hundred bytes that is let go of sooner or later.
+    assert first[0] < 0.95 * first[2]
+    assert first[0] <= 1.02 * first[1] <= 1.02**2 * first[2]
+    assert second[2] < 0.95 * second[0]
+    assert second[2] <= 1.02 * second[1] <= 1.02**2 * second[0]
 
 
 @pytest.mark.distributed
