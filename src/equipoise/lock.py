@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +36,7 @@ class Lock:
                     f"{what} is being written by another process (pid {owner}). Wait for it to end,"
                     " or choose another name."
                 ) from None
-            if _is(self._file, path):
+            if os.fstat(self._file.fileno()).st_nlink > 0:
                 break
             self._file.close()  # its holder removed it in between: what is locked is no more there
         self._file.truncate(0)
@@ -45,7 +46,8 @@ class Lock:
     def release(self) -> None:
         """Free the lock and remove its file."""
         if self._file is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps what is open
+                self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
 
@@ -56,11 +58,3 @@ def _exclude_others(file: TextIO) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is(file: TextIO, path: Path) -> bool:
-    """Whether the open file is the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False

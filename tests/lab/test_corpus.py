@@ -71,6 +71,19 @@ def test_a_book_is_cut_its_beginning_held_out(configure: Configure, tmp_path: Pa
     assert held_out + tokenizer.decode(domain.train[:-1].tolist()) == book
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_text_that_is_hardly_more_than_what_is_held_out_leaves_the_rest(
+    configure: Configure, tmp_path: Path, count: int
+) -> None:
+    write(tmp_path / "t", "little", documents("abcdefgh", count=count, words=600))
+    config = configure(data__source=str(tmp_path / "t")).data
+    (domain,) = load_corpus(replace(config, held_out_tokens=100)).domains
+    stream = np.concatenate([domain.held_out, domain.train])
+    (domain,) = load_corpus(replace(config, held_out_tokens=len(stream) - 20)).domains
+    assert domain.held_out.tolist() == stream[:-20].tolist()
+    assert domain.train.tolist() == stream[-20:].tolist()
+
+
 def test_long_work_says_how_far_it_is(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

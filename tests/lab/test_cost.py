@@ -210,9 +210,13 @@ def naive_sent(config: Config, counts_E: np.ndarray) -> int:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds of four profiles, in two goes."""
+    """Two rounds of four profiles, in two goes.
+
+    Experts are wide and rows long: what the load costs is then far above a message of all tokens,
+    by which peaks differ that are taken twice.
+    """
     path = tmp_path_factory.mktemp("cost") / "runs" / "cost.json"
-    config = small()
+    config = small(**{"model.expert_size": 64, "data.row_length": 128})
     asked = dict(list(profiles(8, 2).items())[i] for i in (0, 1, 4, 8))
     for rounds in (1, 2):
         points = Points.begin(path, config, "cpu", asked)
@@ -226,7 +230,7 @@ def test_bytes_are_those_of_a_naive_count(measured: Path) -> None:
     points = Points.read(measured)
     config = points.settings
     for name, ratios_E in points.profiles.items():
-        counts_E = counts_of(ratios_E, 32, 2)
+        counts_E = counts_of(ratios_E, config.micro_rows * config.data.row_length, 2)
         wanted = naive_sent(config, counts_E)
         assert points.sizes[name].sent_bytes == [[0, wanted], [wanted, 0]]
         largest = max(counts_E[:4].sum(), counts_E[4:].sum())
@@ -238,11 +242,9 @@ def test_the_loaded_device_takes_more_memory_and_the_other_less(measured: Path) 
     sizes = Points.read(measured).sizes
     first = [sizes[name].peak_bytes[0] for name in ("50 %, even", "75 %, even", "100 %, even")]
     second = [sizes[name].peak_bytes[1] for name in ("50 %, even", "75 %, even", "100 %, even")]
-    # Peaks differ by a message of some hundred bytes that is let go of sooner or later.
-    assert first[0] < 0.95 * first[2]
-    assert first[0] <= 1.02 * first[1] <= 1.02**2 * first[2]
-    assert second[2] < 0.95 * second[0]
-    assert second[2] <= 1.02 * second[1] <= 1.02**2 * second[0]
+    assert first == sorted(first)
+    assert second == sorted(second, reverse=True)
+    assert first[2] > first[0]
 
 
 @pytest.mark.distributed

@@ -199,8 +199,10 @@ def test_finished_runs_of_another_text_are_refused(
     train(config, folder_of(tmp_path / "runs", config), save=False)
     write_text(tmp_path / "other", seed=1)
     other = config.change({"data.source": str(tmp_path / "other")})
+    said: list[str] = []
     with pytest.raises(EquipoiseError, match=r"1 finished runs .* another text than .*other"):
-        Grid([other], tmp_path / "runs", 1).run()
+        Grid([other, other.change({"seed": 1})], tmp_path / "runs", 1, said.append).run()
+    assert said == ["2 runs, 1 finished before."]  # no text is tokenized before it is refused
     Grid([config], tmp_path / "runs", 1).run()
     gone = config.change({"data.source": str(tmp_path / "gone")})
     Grid([gone], tmp_path / "runs", 1).run()  # nothing to run, no text to compare

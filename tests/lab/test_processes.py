@@ -51,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         ("stopped_experts", "stopped", config_of(text, expert_parallel=True)),
         ("left", "left", config_of(text)),
         ("poisoned", "poisoned", config_of(text)),
+        ("poisoned_without_room", "poisoned_without_room", config_of(text)),
         ("no_room", "no_room", config_of(text, checkpoint_seconds=0)),
         ("uneven", "refused", config_of(text, micro_rows=8)),
         (
@@ -144,6 +145,7 @@ def test_stopped_and_resumed_two_processes_end_with_the_same_weights(
     ("case", "said"),
     [
         ("poisoned", "step 3: the loss is nan; the weight blocks.1.mlp.gate.weight is not finite"),
+        ("poisoned_without_room", "cannot be written ([Errno 28] No space left on device)"),
         ("no_room", "cannot be written ([Errno 28] No space left on device)"),
         (
             "uneven",

@@ -377,7 +377,7 @@ def test_other_text_is_refused(configure: Configure, tmp_path: Path, text: Path)
 def test_force_begins_anew_and_leaves_what_is_no_run_alone(
     configure: Configure, tmp_path: Path
 ) -> None:
-    train(configure(trace=False), tmp_path / "a")
+    train(configure(trace=False), tmp_path / "a", force=True)
     train(configure(trace=False, seed=1), tmp_path / "a", force=True)
     assert RunFolder(tmp_path / "a").config().seed == 1
     precious = tmp_path / "mine"
@@ -387,6 +387,20 @@ def test_force_begins_anew_and_leaves_what_is_no_run_alone(
         with pytest.raises(EquipoiseError, match="no run's folder"):
             train(configure(), precious, force=force)
     assert (precious / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_in_the_folder_s_place_is_refused_before_text_is_read(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, force: bool
+) -> None:
+    def no_text(*_: object) -> None:
+        raise AssertionError("text is read")
+
+    monkeypatch.setattr("equipoise.lab.trainer.load_corpus", no_text)
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(EquipoiseError, match=r"thesis\.txt is a file; choose a folder with --out"):
+        train(configure(), tmp_path / "thesis.txt", force=force)
+    assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
 @pytest.mark.parametrize(

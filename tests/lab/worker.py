@@ -83,12 +83,31 @@ def no_room(config: Config, out: Path) -> str:
         torch.save = saved
 
 
+def poisoned_without_room(config: Config, out: Path) -> str:
+    """NaN as before, and no room for the metrics that the first process writes of it."""
+    import errno
+
+    import pyarrow.parquet as pq
+
+    written = pq.write_table
+
+    def write(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pq.write_table = write
+    try:
+        return poisoned(config, out)
+    finally:
+        pq.write_table = written
+
+
 WAYS = {
     "train": lambda config, out: train(config, out)["parameters"],
     "left": left,
     "stopped": stopped,
     "refused": refused,
     "poisoned": poisoned,
+    "poisoned_without_room": poisoned_without_room,
     "no_room": no_room,
 }
 

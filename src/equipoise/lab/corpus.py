@@ -222,8 +222,8 @@ def _streams(
     """Tokens to train on, tokens held out, and the bytes of text of the latter.
 
     Documents are shuffled; the first ones are held out until there are enough tokens, the last of
-    them cut where it is far too long for that (a book) or is the last there is, the rest of it being
-    trained on. Another copy of a document that is held out is dropped.
+    them cut where it is far too long for that (a book) or nothing would be left to train on; what is
+    cut off is trained on. Another copy of a document that is held out is dropped.
     """
     order = np.random.default_rng(0).permutation(len(documents))
     shuffled = [documents[i] for i in order]
@@ -240,11 +240,13 @@ def _streams(
             train += [ids] if text not in seen else []
             continue
         seen.add(text)
-        alone = done == len(shuffled) - 1 and not train
-        cut = missing if len(ids) > 2 * missing or (alone and len(ids) > missing) else len(ids)
+        cut = missing if len(ids) > 2 * missing else len(ids)
         held.append(ids[:cut])
         train.append(ids[cut:])
         missing -= cut
+    if missing < 0 and not any(map(len, train)):
+        train.append(held[-1][missing:])
+        held[-1] = held[-1][:missing]
     rest = sum(map(len, train))
     if missing > 0 or rest == 0:
         raise EquipoiseError(

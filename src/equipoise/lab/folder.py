@@ -30,7 +30,7 @@ import torch
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, differences
-from equipoise.lab.saving import replacing, saving
+from equipoise.lab.saving import replacing
 from equipoise.lock import Lock
 
 LOCK = "run.lock"
@@ -52,22 +52,30 @@ class RunFolder:
 
     def hold(self) -> Lock:
         """Keep other processes out of the folder, which is made; HeldError where one is in it."""
-        if self.path.exists() and not self.path.is_dir():
-            raise EquipoiseError(f"{self.path} is a file; choose a folder with --out.")
-        with saving(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_a_file()
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             return Lock(self.path / LOCK, self.path)
         except OSError as error:
             raise EquipoiseError(f"{self.path} cannot be written ({error}).") from error
 
-    def check(self, config: Config) -> None:
-        """Raise EquipoiseError where the folder holds something else, or a run of other settings."""
+    def _refuse_a_file(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise EquipoiseError(f"{self.path} is a file; choose a folder with --out.")
+
+    def check(self, config: Config, *, force: bool = False) -> None:
+        """Raise EquipoiseError where the folder holds something else, or a run of other settings.
+
+        force: a run of other settings may be there; what is no run's may not.
+        """
+        self._refuse_a_file()
         if not (self.path / "config.json").exists():
             if self.path.exists() and any(file.name != LOCK for file in self.path.iterdir()):
                 raise EquipoiseError(
                     f"{self.path} is not empty and is no run's folder; choose another with --out."
                 )
+            return
+        if force:
             return
         other = differences(config, self.config())
         told = {key: values for key, values in other.items() if key not in LABELS}
@@ -88,17 +96,15 @@ class RunFolder:
             )
 
     def begin(self, config: Config, digest: str, *, force: bool = False) -> None:
-        """Make the folder, or find that it is of this same run; EquipoiseError where it is not.
+        """Begin in the folder held, or find that it is of this same run; EquipoiseError where not.
 
         force: throw away the run that is there.
         """
-        if force and self.path.exists():
+        self.check(config, force=force)
+        if force:
             self._remove()
-        self.check(config)
         self._check_text(digest)
         if not (self.path / "config.json").exists():
-            with saving(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.json", config.to_json())
         here = environment()
         if not self._described:
@@ -121,8 +127,6 @@ class RunFolder:
         return (self.path / "environment.json").exists()
 
     def _remove(self) -> None:
-        if not (self.path / "config.json").exists():
-            raise EquipoiseError(f"--force: {self.path} is no run's folder, and is left alone.")
         for file in self.path.iterdir():
             if file.is_dir():
                 shutil.rmtree(file)

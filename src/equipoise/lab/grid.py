@@ -51,9 +51,9 @@ class Grid:
         """Run all that is not finished; EquipoiseError, after the others, where some failed."""
         waiting = missing(self.configs, self.pool)
         self.say(f"{len(self.configs)} runs, {len(self.configs) - len(waiting)} finished before.")
+        check_text(self.configs, self.pool)
         if waiting:
             self._prepare(waiting)
-        check_text(self.configs, self.pool)
         context = mp.get_context("spawn")
         news = context.Queue()
         jobs: dict[int, _Job] = {}

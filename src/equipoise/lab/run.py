@@ -205,8 +205,9 @@ class Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         if self.handle is not None:
             self.handle.discard()
-        if self.processes.first and self.journal.rows:
-            self.folder.write_metrics(self.journal.rows)  # how it came to this
+        with self.processes.together():
+            if self.processes.first and self.journal.rows:
+                self.folder.write_metrics(self.journal.rows)  # how it came to this
         where = first_not_finite(self.model, self.plain, micro_batches, self.processes)
         raise self._stopped(self.step + 1, f"{what}; {where}")
 

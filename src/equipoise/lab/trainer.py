@@ -33,8 +33,8 @@ def train(
     sinks: each takes the metrics of every step, as those of `equipoise.balance.sinks` do.
     progress: called after every step. say: for messages.
     Raises EquipoiseError for a folder of another config or text, or that another process is training
-    in (HeldError), for a loss that is not finite
-    (weights and the last checkpoint stay), and where the disk is full.
+    in (HeldError), for a loss that is not finite (weights and the last checkpoint stay), and where
+    the disk is full.
     """
     if not isinstance(config, Config):
         raise EquipoiseError(
@@ -46,8 +46,8 @@ def train(
     lock = None
     try:
         with processes.together():
-            if processes.first and not force:
-                folder.check(config)  # before text is read, which takes longer
+            if processes.first:
+                folder.check(config, force=force)  # before text is read, which takes longer
         corpus = _corpus(config, processes, say)
         with processes.together():
             if processes.first:
