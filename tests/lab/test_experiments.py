@@ -192,6 +192,15 @@ def test_other_text_is_taken_with_all_its_domains(tmp_path: Path) -> None:
     assert pages._place(config, str(tmp_path / "same"))["data.domains"] == config.data.domains
 
 
+def test_the_gpu_tier_is_refused_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(EquipoiseError, match="needs a GPU, and torch sees none: use --tier cpu"):
+        pages.run_experiment("scope", tmp_path, tier="gpu")
+    assert not list(tmp_path.iterdir())
+
+
 def test_finished_runs_of_another_text_are_refused(
     tmp_path: Path, configure: Callable[..., Config]
 ) -> None:

@@ -44,8 +44,6 @@ def lab(
     Stopped, it goes on where it was: finished runs are kept in the out folder, and are shared by
     experiments.
     """
-    from equipoise.errors import EquipoiseError
-
     if names or not experiments:
         from equipoise.lab.pages import overview
 
@@ -56,11 +54,6 @@ def lab(
 
     for experiment in experiments:
         find(experiment)
-    if tier == "gpu" and not redraw:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
     for experiment in experiments:
         page = run_experiment(
             experiment,

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from equipoise.errors import EquipoiseError, nearest
 from equipoise.lab.config import Config
 from equipoise.lab.experiments import EXPERIMENTS
@@ -46,7 +48,8 @@ def run_experiment(
     other text by domain, of which all domains are taken. workers: runs at a time; one for each core, or
     on a GPU one. An experiment that measures rather than trains takes neither seeds nor data, nor
     workers.
-    Raises EquipoiseError for an unknown experiment or tier, and for a redraw without runs.
+    Raises EquipoiseError for an unknown experiment or tier, for tier gpu without a GPU, and for a
+    redraw without runs.
     """
     experiment = find(name)
     _check_tier(tier)
@@ -69,6 +72,8 @@ def run_experiment(
                 "without --redraw first."
             )
         return write_page(experiment, configs, Path(out), tier, seeds)
+    if tier == "gpu" and not torch.cuda.is_available():
+        raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
     try:
         Grid(configs, pool, workers or (1 if tier == "gpu" else os.cpu_count() or 1), say).run()
         measure(configs, turns_of(pool, experiment, tier), say)
