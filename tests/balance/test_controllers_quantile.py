@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -37,26 +38,17 @@ def solve(
     return form.update(bias_LE=bias_E[None], counts_LE=counts_LE, step=0, state=state)[0]
 
 
-def naive(
-    scores_TE: Tensor, bias_E: Tensor, top_k: int, allowed_TE: Tensor | None = None
-) -> Tensor:
+def naive(scores_TE: Tensor, bias_E: Tensor, top_k: int, cutoff_TE: Tensor | None = None) -> Tensor:
     """The same in Python: sort what each token needs, take the fair share, subtract the mean."""
     rows, experts = scores_TE.shape
+    if cutoff_TE is None:
+        biased = (scores_TE + bias_E).tolist()
+        cutoff_TE = torch.tensor([[sorted(row)[-top_k - 1]] * experts for row in biased])
     new = []
-    cutoffs = []
-    for t in range(rows):
-        can = [e for e in range(experts) if allowed_TE is None or allowed_TE[t, e]]
-        cutoffs.append(sorted(float(scores_TE[t, e] + bias_E[e]) for e in can)[-top_k - 1])
     for e in range(experts):
-        inside = [t for t in range(rows) if allowed_TE is None or allowed_TE[t, e]]
-        need = sorted(cutoffs[t] - float(scores_TE[t, e]) for t in inside)
-        share, rest = divmod(min(rows * top_k, len(need) * experts), experts)
-        if not need:
-            new.append(float(bias_E[e]))
-        elif rest:
-            new.append(need[share])
-        else:
-            new.append((need[share - 1] + need[min(share, len(need) - 1)]) / 2)
+        need = sorted(float(cutoff_TE[t, e] - scores_TE[t, e]) for t in range(rows))
+        share, rest = divmod(rows * top_k, experts)
+        new.append(need[share] if rest else (need[share - 1] + need[min(share, rows - 1)]) / 2)
     return torch.tensor(new) - sum(new) / experts
 
 
@@ -186,26 +178,66 @@ def test_a_pass_of_padding_only_and_an_empty_one_change_nothing(form: Any) -> No
     assert torch.equal(both_E, solve(form, [scores_TE], torch.zeros(3), 1))
 
 
-@pytest.mark.parametrize("best", [1, 2])
-def test_only_scores_of_a_tokens_groups_enter(best: int) -> None:
+def naive_cutoff(biased_TE: Tensor, top_k: int, limit: GroupLimit) -> Tensor:
+    """By the definition, in Python: above the first expert left out, and bringing the group in."""
+    size = biased_TE.shape[1] // limit.num_groups
+    rows = []
+    for row in biased_TE.tolist():
+        groups = [row[g * size : (g + 1) * size] for g in range(limit.num_groups)]
+        score = [sum(sorted(group)[-limit.best :]) for group in groups]
+        order = sorted(range(limit.num_groups), key=lambda g: -score[g])
+        within = sorted(x for g in order[: limit.top_groups] for x in groups[g])
+        first_out = score[order[limit.top_groups]]
+        needs = []
+        for group in groups:
+            for e in range(size):
+                others = sorted(group[:e] + group[e + 1 :], reverse=True)[: limit.best - 1]
+                enough = within[-top_k - 1] if len(within) > top_k else -math.inf
+                needs.append(max(enough, first_out - sum(others)))
+        rows.append(needs)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    ("limit", "top_k"),
+    [
+        (GroupLimit(4, 2, best=1), 3),
+        (GroupLimit(4, 2, best=2), 5),
+        (GroupLimit(3, 1, best=2), 2),
+        (GroupLimit(3, 2, best=3), 7),
+        (GroupLimit(4, 1, best=2), 3),  # a whole group is selected
+    ],
+)
+def test_an_expert_is_above_the_first_left_out_and_brings_its_group(
+    limit: GroupLimit, top_k: int
+) -> None:
     random = torch.Generator().manual_seed(7)
-    scores_TE, bias_E = torch.rand(40, 8, generator=random), torch.randn(8, generator=random) / 10
-    limit = GroupLimit(num_groups=4, top_groups=2, best=best)
-    allowed_TE = torch.zeros(40, 8, dtype=torch.bool)
-    for t in range(40):  # by the definition, in Python
-        row = (scores_TE[t] + bias_E).tolist()
-        score = [sum(sorted(row[g * 2 : g * 2 + 2])[-best:]) for g in range(4)]
-        for g in sorted(range(4), key=lambda g: score[g])[-2:]:
-            allowed_TE[t, g * 2 : g * 2 + 2] = True
-    wanted_E = naive(scores_TE, bias_E, 2, allowed_TE)
-    assert torch.allclose(
-        solve(Quantile(groups=limit), [scores_TE], bias_E, 2), wanted_E, atol=1e-6
-    )
-    masked_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
-    assert torch.allclose(solve(EXACT, [masked_TE], bias_E, 2), wanted_E, atol=1e-6)
-    binned_E = solve(QuantileHistogram(groups=limit), [scores_TE], bias_E, 2)
-    assert torch.allclose(binned_E, wanted_E, atol=2 * 3e-3)
-    assert not torch.allclose(solve(EXACT, [scores_TE], bias_E, 2), wanted_E, atol=1e-2)
+    scores_TE, bias_E = torch.rand(40, 12, generator=random), torch.randn(12, generator=random) / 10
+    cutoff_TE = naive_cutoff(scores_TE + bias_E, top_k, limit)
+    need_TE, seen_2 = needed_bias(scores_TE, bias_E, top_k, None, limit)
+    assert torch.allclose(need_TE, cutoff_TE - scores_TE, atol=1e-6)
+    assert seen_2.tolist() == [40 * top_k, 0]
+    wanted_E = naive(scores_TE, bias_E, top_k, cutoff_TE)
+    exact_E = solve(Quantile(groups=limit), [scores_TE], bias_E, top_k)
+    assert torch.allclose(exact_E, wanted_E, atol=1e-6)
+    binned_E = solve(QuantileHistogram(groups=limit), [scores_TE], bias_E, top_k)
+    assert torch.allclose(binned_E, wanted_E, atol=2 * 4e-3)
+    assert not torch.allclose(solve(EXACT, [scores_TE], bias_E, top_k), wanted_E, atol=1e-2)
+
+
+def test_a_limit_to_all_groups_is_none() -> None:
+    scores_TE = torch.rand(40, 8, generator=torch.Generator().manual_seed(7))
+    unlimited_E = solve(EXACT, [scores_TE], torch.zeros(8), 2)
+    limited_E = solve(Quantile(groups=GroupLimit(4, 4)), [scores_TE], torch.zeros(8), 2)
+    assert torch.equal(limited_E, unlimited_E)
+
+
+def test_under_a_group_limit_experts_without_scores_do_not_enter() -> None:
+    scores_TE = torch.rand(30, 6, generator=torch.Generator().manual_seed(7))
+    scores_TE[:, 1] = -torch.inf
+    need_TE, _ = needed_bias(scores_TE, torch.zeros(6), 1, None, GroupLimit(3, 1))
+    assert need_TE[:, :2].isinf().all()  # alone in its group, the first cannot bring it in
+    assert need_TE[:, 2:].isfinite().all()
 
 
 @by_form
@@ -261,13 +293,27 @@ def test_an_ema_moves_by_its_part_and_is_slower_and_smoother() -> None:
     assert sum(smooth[30:]) < sum(plain[30:])
 
 
-def test_group_limited_routing_is_balanced() -> None:
-    limit = GroupLimit(num_groups=8, top_groups=4)
-    shape = {"steps": 15, "experts": 32, "top_k": 4, "tokens": 1024, "groups": limit}
-    course, _ = run(Quantile(groups=limit), **shape)
-    chance = floor(tokens=1024, experts=32, top_k=4)
-    assert course[0] > 2
-    assert sum(course[10:]) / 5 < 1.6 * chance
+@pytest.mark.parametrize("form", [Quantile, QuantileHistogram], ids=["exact", "histogram"])
+@pytest.mark.parametrize(
+    ("limit", "experts", "top_k"),
+    [
+        (GroupLimit(8, 4), 32, 4),
+        (GroupLimit(8, 4), 64, 8),  # of which a part is out of a token's reach without its group
+        (GroupLimit(8, 3, best=1), 32, 4),
+        (GroupLimit(8, 2), 32, 4),
+        (GroupLimit(4, 1), 16, 2),
+        (GroupLimit(4, 1), 8, 2),  # whole groups
+    ],
+)
+@pytest.mark.parametrize("function", ["sigmoid", "softmax"])
+def test_group_limited_routing_is_balanced(
+    form: Any, limit: GroupLimit, experts: int, top_k: int, function: str
+) -> None:
+    shape = {"steps": 25, "experts": experts, "top_k": top_k, "tokens": 512, "groups": limit}
+    course, _ = run(form(groups=limit), function=function, **shape)
+    chance = floor(tokens=512, experts=experts, top_k=top_k)
+    assert course[0] > 1
+    assert sum(course[15:]) / 10 < 2 * chance
 
 
 def test_adaptive_bins_resolve_softmax_scores_over_many_experts() -> None:
@@ -418,7 +464,7 @@ def test_a_pass_of_the_wrong_shape_is_refused(change: dict[str, Any], message: s
         (lambda: QuantileHistogram(score_range=(1.0, 1.0)), "score_range"),
         (lambda: GroupLimit(4, 5), "top_groups"),
         (lambda: GroupLimit(4, 2).allowed(torch.rand(3, 6), 1), "num_groups must divide"),
-        (lambda: GroupLimit(4, 1, best=1).allowed(torch.rand(3, 8), 2), "raise top_groups"),
+        (lambda: GroupLimit(4, 1, best=1).allowed(torch.rand(3, 8), 3), "raise top_groups"),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:

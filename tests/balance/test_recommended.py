@@ -50,6 +50,8 @@ def max_vio(model: nn.Module, steps: int, *terms: Loss | Bias) -> float:
     [
         ("sigmoid", Bias),
         ("sigmoid(selection=group_limited(groups=4, limit=2))", Bias),
+        ("sigmoid(selection=group_limited(groups=8, limit=2))", Bias),
+        ("sigmoid(selection=group_limited(groups=4, limit=1))", Bias),
         ("softmax", Bias),
         ("softmax(selection_bias=False)", Loss),
         ("mixtral", Loss),
@@ -107,18 +109,18 @@ def test_a_family_with_a_selection_bias_saves_its_balance(tmp_path: Path) -> Non
         (4, 4, 2, Bias(Quantile())),  # no limit
         (4, 2, 2, Bias(Quantile(groups=GroupLimit(4, 2)))),
         (8, 3, 2, Bias(Quantile(groups=GroupLimit(8, 3, best=1)))),
-        (4, 1, 2, None),  # a token's group holds the two that it takes: there is nothing to balance
+        (4, 1, 2, Bias(Quantile(groups=GroupLimit(4, 1)))),  # whole groups
     ],
 )
 def test_the_quantile_goes_by_the_groups_of_the_family(
-    groups: int, limit: int, top_k: int, told: Bias | None
+    groups: int, limit: int, top_k: int, told: Bias
 ) -> None:
     size = {"hidden_size": 32, "moe_intermediate_size": 16, "vocab_size": 64, "n_routed_experts": 8}
     size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     size |= {"num_experts_per_tok": top_k, "first_k_dense_replace": 0}
     config = hf.Glm4MoeConfig(**size, n_group=groups, topk_group=limit)
     (term,) = recommended(hf.Glm4MoeForCausalLM(config))
-    assert term == told if told else isinstance(term, Loss)
+    assert term == told
 
 
 def test_a_softmax_router_with_a_bias_of_its_own_gets_it_set() -> None:

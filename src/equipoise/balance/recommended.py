@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from equipoise.balance.arguments import check_arguments
 from equipoise.balance.biases import group_limit, own_bias
 from equipoise.balance.controllers import Quantile, cosine
-from equipoise.balance.controllers.margins import GroupLimit
 from equipoise.balance.places import holders, sites_of
 from equipoise.balance.terms import Bias, Loss
 from equipoise.errors import EquipoiseError
-from equipoise.models import RouterSite
 from equipoise.models.scan import Scan
 
 
@@ -40,13 +36,6 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
     held = [(site, holders(scan, site)) for site in sites]
     if all(not s.null_experts and own_bias(s, modules) for s, modules in held):
         limits = {group_limit(site, modules) for site, modules in held}
-        if len(limits) == 1 and all(_leaves_a_choice(limit, sites) for limit in limits):
+        if len(limits) == 1:
             return (Bias(Quantile(groups=limits.pop())),)
     return (Loss("switch", scope="global", weight=cosine(start=0.1, end=0.01, steps=steps)),)
-
-
-def _leaves_a_choice(limit: GroupLimit | None, sites: Sequence[RouterSite]) -> bool:
-    """Whether a token's groups hold more experts than it selects: else no bias balances within them."""
-    return limit is None or all(
-        site.top_k < site.num_experts // limit.num_groups * limit.top_groups for site in sites
-    )

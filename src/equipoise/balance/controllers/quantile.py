@@ -28,11 +28,12 @@ class QuantileBase(ABC):
     """What both forms share: b <- ema b + (1 - ema) (quantile - its mean), one update per step.
 
     `ema` = 0 is the published rule, without memory: it reaches balance in one update and follows the
-    sampling noise of the step; 0.9 smooths that. `centred` takes the mean out. `groups` repeats a
-    group-limited router's choice; experts outside a token's groups do not enter. An expert within
-    reach of fewer tokens than its fair share takes all of those; one within reach of none keeps its
-    bias, so group limits are balanced within groups first and among them only through the biases.
-    Tokens route with the bias of the step before, so that nothing of a token's future enters.
+    sampling noise of the step; 0.9 smooths that. `centred` takes the mean out. `groups`, for a router
+    with a group limit, makes the bias that a token needs one that also brings the expert's group among
+    the token's (ours; Megatron refuses the two together): balance within groups and among them.
+    An expert within reach of fewer tokens than its fair share takes all of those; one within reach of
+    none keeps its bias. Tokens route with the bias of the step before, so that nothing of a token's
+    future enters.
     """
 
     _: KW_ONLY
