@@ -76,8 +76,8 @@ BALANCED = """\
 # demo-balanced: the demo's balanced twin
 
 An `OlmoeForCausalLM` of the same shape as `demo`, from the same first weights, trained on the same rows in
-the same order, with `equipoise.balance.recommended` attached: the Switch loss over the global batch, its
-weight falling from 0.1 to 0.01. To compare the two:
+the same order, with `equipoise.balance.recommended` attached: the Switch loss of weight 0.1 over the
+global batch. To compare the two:
 
     equipoise trace demo --data bundled -o demo.trace
     equipoise trace demo-balanced --data bundled -o balanced.trace
@@ -527,9 +527,7 @@ def start_or_resume(tokenizer: Tokenizer, settings: Settings, work: Path) -> Sta
     model = build_model(tokenizer, settings.seed)
     state = State(model, build_optimizer(model), step=0, seconds=0.0, log=[])
     if settings.balanced:
-        state.balance = attach(
-            model, *recommended(model, steps=settings.steps), optimizer=state.optimizer
-        )
+        state.balance = attach(model, *recommended(model), optimizer=state.optimizer)
     if not (work / "checkpoint.pt").exists():
         return state
     content = torch.load(work / "checkpoint.pt", weights_only=True)

@@ -6,31 +6,24 @@ from torch import nn
 
 from equipoise.balance.arguments import check_arguments
 from equipoise.balance.biases import group_limit, own_bias
-from equipoise.balance.controllers import Quantile, cosine
+from equipoise.balance.controllers import Quantile
 from equipoise.balance.places import holders, sites_of
 from equipoise.balance.terms import Bias, Loss
-from equipoise.errors import EquipoiseError
 from equipoise.models.scan import Scan
 
 
-def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ...]:
+def recommended(model: nn.Module) -> tuple[Loss | Bias, ...]:
     """Balancing terms for `attach(model, *recommended(model), optimizer=optimizer)`.
-
-    steps: optimizer steps over which a loss falls, at best those of the run.
 
     A model whose every router has a selection bias of its own (DeepSeek-V3, GLM-4 MoE, ERNIE 4.5 MoE, ...)
     gets that bias set by `Quantile`, under its group limits; the bias stays in its checkpoints. The
     others would lose a bias when they are saved, or have experts that compute nothing (LongCat), whose
-    share is no one's to level: they get the Switch loss over the global batch, its weight falling from
-    0.1, when experts starve, to the published 0.01. docs/balance.md says what this rests on.
+    share is no one's to level: they get the Switch loss of weight 0.1 over the global batch.
+    docs/balance.md says what this rests on.
 
-    Raises EquipoiseError for a model without routers, and for steps below 1.
+    Raises EquipoiseError for a model without routers.
     """
     check_arguments(model, None, 1, None)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise EquipoiseError(
-            f"recommended: steps={steps!r}; it has to be a whole number, at least 1."
-        )
     scan = Scan(model)
     sites = sites_of(model, None)
     held = [(site, holders(scan, site)) for site in sites]
@@ -38,4 +31,4 @@ def recommended(model: nn.Module, *, steps: int = 1000) -> tuple[Loss | Bias, ..
         limits = {group_limit(site, modules) for site, modules in held}
         if len(limits) == 1:
             return (Bias(Quantile(groups=limits.pop())),)
-    return (Loss("switch", scope="global", weight=cosine(start=0.1, end=0.01, steps=steps)),)
+    return (Loss("switch", scope="global", weight=0.1),)

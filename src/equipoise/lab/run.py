@@ -78,7 +78,7 @@ class Run:
 
     def _balanced(self) -> Handle | None:
         try:
-            terms = balancing(self.config.balance, self.model, self.config.steps)
+            terms = balancing(self.config.balance, self.model)
             if not terms:
                 return None
             return attach(

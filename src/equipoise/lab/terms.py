@@ -137,19 +137,18 @@ def options_of(maker: Callable[..., Any]) -> list[str]:
     return list(dict.fromkeys([*named, *(options_of(inner) if inner is not None else [])]))
 
 
-def balancing(text: str, model: nn.Module | None = None, steps: int = 1) -> list[Any]:
+def balancing(text: str, model: nn.Module | None = None) -> list[Any]:
     """The terms for `equipoise.balance.attach` that a line names; EquipoiseError for two of a kind.
 
-    "recommended" names what `model` can keep, falling over `steps`; none where no model is given.
+    "recommended" names what `model` can keep; none where no model is given.
     """
     if text.strip() == RECOMMENDED:
         from equipoise.balance import recommended
 
-        return [] if model is None else list(recommended(model, steps=steps))
+        return [] if model is None else list(recommended(model))
     if any(call.name == RECOMMENDED for call in parse(text)):
         raise EquipoiseError(
-            f"balance={text!r}: {RECOMMENDED} stands by itself and takes no options; its strength falls "
-            "over the steps of the run."
+            f"balance={text!r}: {RECOMMENDED} stands by itself and takes no options."
         )
     terms = [make(call, _terms(), "balancing term") for call in parse(text)]
     if terms:
