@@ -157,9 +157,3 @@ def test_a_family_without_one_gets_a_loss() -> None:
 def test_a_model_without_routers_is_refused() -> None:
     with pytest.raises(EquipoiseError, match="router"):
         recommended(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("steps", [0, 2.5, True])
-def test_steps_are_a_whole_number(steps: object) -> None:
-    with pytest.raises(EquipoiseError, match="steps="):
-        recommended(lab_model("sigmoid"), steps=steps)  # type: ignore[arg-type]

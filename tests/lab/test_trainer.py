@@ -17,7 +17,6 @@ from equipoise.lab import Config, load, train
 from equipoise.lab.corpus import load_corpus
 from equipoise.lab.evaluate import evaluate
 from equipoise.lab.experiments import frontier
-from equipoise.lab.experiments.recipe import FALLING, FINALISTS
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
 from equipoise.lab.trainer import Progress
@@ -520,7 +519,7 @@ def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -
     ("router", "balance"),
     [
         ("sigmoid", frontier.METHODS["quantile"]),
-        ("mixtral", FINALISTS[FALLING].format(steps=6)),
+        ("mixtral", frontier.METHODS["switch 0.1"]),
     ],
 )
 def test_recommended_is_what_the_model_can_keep(

@@ -23,13 +23,14 @@ class QuantileHistogram(QuantileBase):
     """Kimi K3's form (arXiv 2607.24653, appendix D): `bins` uniform bins of the needed bias per expert.
 
     The bins reach from min b - reach to max b + reach, where reach is the width of `score_range`: all
-    values that can occur, 1 for scores in [0, 1]. The quantile is interpolated in its bin, so it is
-    within a bin width of the exact one of the whole step, and equal bit by bit for any split into
-    ranks and micro-batches.
+    values that can occur without `groups`, 1 for scores in [0, 1]. The quantile is interpolated in its
+    bin, so it is within a bin width of the exact one of the whole step, and equal bit by bit for any
+    split into ranks and micro-batches.
 
     Softmax scores lie in [0, 1] but near 1 / E, and sqrt-softplus scores or logits have no bound: with
-    `adaptive` the reach is four times the last move of a quantile, up to the full one. Values beyond are
-    counted in the end bins, and a quantile there has moved by the whole reach, so that it opens again.
+    `adaptive` the reach is four times the last move of a quantile, up to the full one. Values beyond,
+    such as those of experts whose group is far behind, are counted in the end bins; a quantile there has
+    moved by the whole reach, so that it opens again.
     It is a function of reduced integers only, hence the same on all ranks.
     """
 
