@@ -46,9 +46,15 @@ def naive(scores_TE: Tensor, bias_E: Tensor, top_k: int, cutoff_TE: Tensor | Non
         cutoff_TE = torch.tensor([[sorted(row)[-top_k - 1]] * experts for row in biased])
     new = []
     for e in range(experts):
-        need = sorted(float(cutoff_TE[t, e] - scores_TE[t, e]) for t in range(rows))
-        share, rest = divmod(rows * top_k, experts)
-        new.append(need[share] if rest else (need[share - 1] + need[min(share, rows - 1)]) / 2)
+        inside = [t for t in range(rows) if scores_TE[t, e] > -math.inf]
+        need = sorted(float(cutoff_TE[t, e] - scores_TE[t, e]) for t in inside)
+        share, rest = divmod(min(rows * top_k, len(need) * experts), experts)
+        if not need:
+            new.append(float(bias_E[e]))
+        elif rest:
+            new.append(need[share])
+        else:
+            new.append((need[share - 1] + need[min(share, len(need) - 1)]) / 2)
     return torch.tensor(new) - sum(new) / experts
 
 
@@ -221,8 +227,20 @@ def test_an_expert_is_above_the_first_left_out_and_brings_its_group(
     exact_E = solve(Quantile(groups=limit), [scores_TE], bias_E, top_k)
     assert torch.allclose(exact_E, wanted_E, atol=1e-6)
     binned_E = solve(QuantileHistogram(groups=limit), [scores_TE], bias_E, top_k)
-    assert torch.allclose(binned_E, wanted_E, atol=2 * 4e-3)
+    assert torch.allclose(binned_E, wanted_E, atol=2 * 3e-3)
     assert not torch.allclose(solve(EXACT, [scores_TE], bias_E, top_k), wanted_E, atol=1e-2)
+
+
+@by_form
+def test_only_experts_that_a_token_can_take_enter(form: Any) -> None:
+    random = torch.Generator().manual_seed(7)
+    scores_TE, bias_E = torch.rand(40, 8, generator=random), torch.randn(8, generator=random) / 10
+    allowed_TE = GroupLimit(num_groups=4, top_groups=2).allowed(scores_TE + bias_E, 2)
+    masked_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
+    wanted_E = naive(masked_TE, bias_E, 2)
+    assert torch.allclose(solve(form, [masked_TE], bias_E, 2), wanted_E, atol=2 * 3e-3)
+    assert torch.allclose(solve(EXACT, [masked_TE], bias_E, 2), wanted_E, atol=1e-6)
+    assert not torch.allclose(solve(EXACT, [scores_TE], bias_E, 2), wanted_E, atol=1e-2)
 
 
 def test_a_limit_to_all_groups_is_none() -> None:
@@ -293,12 +311,21 @@ def test_an_ema_moves_by_its_part_and_is_slower_and_smoother() -> None:
     assert sum(smooth[30:]) < sum(plain[30:])
 
 
+def test_group_limited_routing_is_balanced_within_ten_steps() -> None:
+    limit = GroupLimit(num_groups=8, top_groups=4)
+    shape = {"steps": 15, "experts": 32, "top_k": 4, "tokens": 1024, "groups": limit}
+    course, _ = run(Quantile(groups=limit), **shape)
+    chance = floor(tokens=1024, experts=32, top_k=4)
+    assert course[0] > 2
+    assert sum(course[10:]) / 5 < 1.6 * chance
+
+
 @pytest.mark.parametrize("form", [Quantile, QuantileHistogram], ids=["exact", "histogram"])
 @pytest.mark.parametrize(
     ("limit", "experts", "top_k"),
     [
         (GroupLimit(8, 4), 32, 4),
-        (GroupLimit(8, 4), 64, 8),  # of which a part is out of a token's reach without its group
+        (GroupLimit(8, 4), 64, 8),
         (GroupLimit(8, 3, best=1), 32, 4),
         (GroupLimit(8, 2), 32, 4),
         (GroupLimit(4, 1), 16, 2),
@@ -306,14 +333,17 @@ def test_an_ema_moves_by_its_part_and_is_slower_and_smoother() -> None:
     ],
 )
 @pytest.mark.parametrize("function", ["sigmoid", "softmax"])
-def test_group_limited_routing_is_balanced(
+def test_group_limits_of_any_tightness_are_balanced(
     form: Any, limit: GroupLimit, experts: int, top_k: int, function: str
 ) -> None:
-    shape = {"steps": 25, "experts": experts, "top_k": top_k, "tokens": 512, "groups": limit}
-    course, _ = run(form(groups=limit), function=function, **shape)
-    chance = floor(tokens=512, experts=experts, top_k=top_k)
+    shape = {"steps": 35, "experts": experts, "top_k": top_k, "tokens": 1024, "groups": limit}
+    # Softmax scores near 1 / 64 are a few bins of the histogram's fixed range.
+    adaptive = {"adaptive": True} if form is QuantileHistogram and function == "softmax" else {}
+    course, _ = run(form(groups=limit, **adaptive), function=function, **shape)
+    chance = floor(tokens=1024, experts=experts, top_k=top_k)
     assert course[0] > 1
-    assert sum(course[15:]) / 10 < 2 * chance
+    whole = top_k == experts // limit.num_groups * limit.top_groups  # all of a group move together
+    assert sum(course[25:]) / 10 < (2 if whole else 1.6) * chance
 
 
 def test_adaptive_bins_resolve_softmax_scores_over_many_experts() -> None:

@@ -145,8 +145,24 @@ def test_a_softmax_router_with_a_bias_of_its_own_gets_it_set() -> None:
     assert seen[-1] < seen[0] / 2
 
 
-def test_experts_that_compute_nothing_are_left_out_of_it() -> None:
-    (term,) = recommended(tiny.build("longcat_flash"))
+def test_both_stacks_of_a_model_of_text_and_images_get_theirs_set() -> None:
+    model = tiny.build("ernie4_5_vl_moe").train()
+    tiny.randomise_routing(model)
+    terms = recommended(model)
+    assert terms == (Bias(Quantile()),)
+    handle = attach(model, *terms)
+    inputs = tiny.inputs_for(model)
+    seen = []
+    for _ in range(20):
+        model(**inputs)[0].sum().backward()
+        handle.step()
+        seen.append(handle.metrics()["balance/max_vio"])
+    assert seen[-1] < seen[0] / 2
+
+
+@pytest.mark.parametrize("arch", ["longcat_flash", "zaya"])
+def test_experts_that_compute_nothing_are_left_out_of_it(arch: str) -> None:
+    (term,) = recommended(tiny.build(arch))
     assert isinstance(term, Loss)
 
 

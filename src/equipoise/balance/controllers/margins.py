@@ -45,7 +45,7 @@ class GroupLimit:
         return chosen_TG.repeat_interleave(biased_TE.shape[-1] // self.num_groups, dim=-1)
 
     def cutoff(self, biased_TE: Tensor, top_k: int) -> Tensor:
-        """The score with bias, [T, E], at which each expert takes each token, all others as they are.
+        """The score with bias, [T, E], at which each expert is to take each token, others as they are.
 
         Both limits are of the first that is left out: the (K+1)-th expert of the token's groups, and its
         (top_groups + 1)-th group, above which an expert has to bring its own, with the best - 1 largest
