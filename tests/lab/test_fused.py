@@ -4,37 +4,64 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from equipoise.lab import fused
-from equipoise.lab.fused import RMSNorm, rotary_heads
+from equipoise.lab.fused import RMSNorm, Rotary, rotary_heads
 
 ROWS, LENGTH, WIDTH = 3, 5, 8
 
 
-def test_rotary_heads_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+HEADS, KV_HEADS, HIDDEN = 4, 2, 6
+
+
+def drawn(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [0, ROWS])
+def test_attention_on_rotary_heads_is_that_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
     torch.manual_seed(0)
-    angles = torch.rand(LENGTH, WIDTH // 2, dtype=torch.float64).repeat(1, 2)
-    weights = [torch.randn(ROWS, heads, LENGTH, WIDTH, dtype=torch.float64) for heads in (4, 2, 2)]
+    angles_SC = torch.rand(LENGTH, WIDTH // 2, dtype=torch.float64).repeat(1, 2)
+    rotary = Rotary.of(angles_SC, HEADS, KV_HEADS)
+    leaves = drawn(rows, LENGTH, HIDDEN), drawn((HEADS + 2 * KV_HEADS) * WIDTH, HIDDEN)
+    weight_BHSC = drawn(rows, HEADS, LENGTH, WIDTH)
     found = []
     for plain in (False, True):
         if plain:
             monkeypatch.setattr(fused, "_worthwhile", lambda _: False)
-        torch.manual_seed(1)
-        joint = torch.randn(ROWS, LENGTH, 8 * WIDTH, dtype=torch.float64, requires_grad=True)
-        outs = rotary_heads(joint, angles.cos(), angles.sin(), heads=4, kv_heads=2)
-        sum((out * w).sum() for out, w in zip(outs, weights, strict=True)).backward()  # type: ignore[union-attr]
-        found.append([*outs, joint.grad])
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(*found, strict=True))
+        hidden_BSD, weight_RD = (leaf.clone().requires_grad_() for leaf in leaves)
+        query, key, value = rotary_heads(
+            hidden_BSD, weight_RD, rotary, heads=HEADS, kv_heads=KV_HEADS
+        )
+        mixed_BHSC = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        (mixed_BHSC * weight_BHSC).sum().backward()
+        found.append([mixed_BHSC, value, hidden_BSD.grad, weight_RD.grad])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found, strict=True))
 
 
+@torch.no_grad()
 def test_rotary_heads_turn_pairs_of_halves() -> None:
     angle = torch.tensor([[0.3, 0.3]])
     joint = torch.tensor([[[1.0, 0.0, 0.0, 1.0, 5.0, 6.0]]])
-    query, key, value = rotary_heads(joint, angle.cos(), angle.sin(), heads=1, kv_heads=1)
+    rotary = Rotary.of(angle, heads=1, kv_heads=1)
+    query, key, value = rotary_heads(joint, torch.eye(6), rotary, heads=1, kv_heads=1)
     cos, sin = angle.cos()[0, 0], angle.sin()[0, 0]
     assert torch.allclose(query.flatten(), torch.stack([cos, sin]))
     assert torch.allclose(key.flatten(), torch.stack([-sin, cos]))
     assert value.flatten().tolist() == [5.0, 6.0]
+
+
+def test_first_positions_are_turned_as_in_the_whole() -> None:
+    torch.manual_seed(0)
+    rotary = Rotary.of(torch.rand(LENGTH, WIDTH // 2).repeat(1, 2), heads=1, kv_heads=1)
+    hidden_BSD = torch.randn(ROWS, LENGTH, 3 * WIDTH)
+    eye = torch.eye(3 * WIDTH, requires_grad=True)
+    whole = rotary_heads(hidden_BSD, eye, rotary, heads=1, kv_heads=1)
+    part = rotary_heads(hidden_BSD[:, :2], eye, rotary.first(2), heads=1, kv_heads=1)
+    assert all(torch.equal(a[:, :, :2], b) for a, b in zip(whole, part, strict=True))
 
 
 def test_the_norm_has_the_gradient_of_torchs() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from equipoise.lab.config import ModelConfig
-from equipoise.lab.fused import RMSNorm, rotary_heads
+from equipoise.lab.fused import RMSNorm, Rotary, rotary_heads
 from equipoise.lab.loss import linear_cross_entropy
 from equipoise.lab.routers import make_capacity, make_router, soft_slots
 from equipoise.lab.terms import one
@@ -32,10 +32,10 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
 
-    def forward(self, hidden_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, rotary: Rotary) -> Tensor:
         """Attention's output [B, S, D]."""
         query, key, value = rotary_heads(
-            self.qkv_proj(hidden_BSD), cos_SC, sin_SC, heads=self.heads, kv_heads=self.kv_heads
+            hidden_BSD, self.qkv_proj.weight, rotary, heads=self.heads, kv_heads=self.kv_heads
         )
         mixed_BHSC = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=self.kv_heads != self.heads
@@ -69,9 +69,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = mlp
 
-    def forward(self, hidden_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, rotary: Rotary) -> Tensor:
         """The residual after the block, [B, S, D]."""
-        hidden_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), cos_SC, sin_SC)
+        hidden_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), rotary)
         out: Tensor = hidden_BSD + self.mlp(self.mlp_norm(hidden_BSD))
         return out
 
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._hashed = one(config.router).name == "hash"
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._rotary: Rotary | None = None
         self._draw()
 
     def _mlp(self, index: int, group: ProcessGroup | None) -> nn.Module:
@@ -159,25 +159,25 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
         hidden_BSD = self.embedding(input_ids)
-        cos_SC, sin_SC = self._rotary(input_ids.shape[1], hidden_BSD)
+        rotary = self._positions(input_ids.shape[1], hidden_BSD.device)
         if self._hashed:
             with token_ids(input_ids):
-                return self._run(hidden_BSD, cos_SC, sin_SC)
-        return self._run(hidden_BSD, cos_SC, sin_SC)
+                return self._run(hidden_BSD, rotary)
+        return self._run(hidden_BSD, rotary)
 
-    def _run(self, hidden_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def _run(self, hidden_BSD: Tensor, rotary: Rotary) -> Tensor:
         for block in self.blocks:
-            hidden_BSD = block(hidden_BSD, cos_SC, sin_SC)
+            hidden_BSD = block(hidden_BSD, rotary)
         out: Tensor = self.norm(hidden_BSD)
         return out
 
-    def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _positions(self, length: int, device: torch.device) -> Rotary:
         if length > self.config.max_positions:
             raise ValueError(f"{length} positions; this model has {self.config.max_positions}")
-        if self._angles is None or self._angles[0].device != like.device:
-            self._angles = _angles(self.config, like.device)
-        cos_SC, sin_SC = self._angles
-        return cos_SC[:length], sin_SC[:length]
+        if self._rotary is None or self._rotary.cos_SC.device != device:
+            angles_SC = _angles(self.config, device)
+            self._rotary = Rotary.of(angles_SC, self.config.heads, self.config.kv_heads)
+        return self._rotary.first(length)
 
     def step(self, group: ProcessGroup | None = None) -> None:
         """End of an optimizer step: routers and limits that adapt without gradient do it here."""
@@ -185,12 +185,11 @@ class LanguageModel(nn.Module):
             layer.step(group)
 
 
-def _angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def _angles(config: ModelConfig, device: torch.device) -> Tensor:
     width = config.hidden_size // config.heads
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     positions = torch.arange(config.max_positions, dtype=torch.float32, device=device)
-    angles_SC = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
-    return angles_SC.cos(), angles_SC.sin()
+    return torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
 
 
 def parameters_of(model: LanguageModel) -> dict[str, int]:
