@@ -26,6 +26,8 @@ from equipoise.lab.results import (
 
 SIZES = (2, 4, 8, 16, 32, 64)
 """Rows of a micro-batch, over which scope "micro" balances."""
+LONGER = (128, 256, 512)
+"""Rows of past steps, decayed, that the micro-batch is balanced with."""
 
 
 def configs(tier: str, seeds: int) -> list[Config]:
@@ -60,6 +62,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
         "exact": {"balance": _loss("exact")},
         "previous": {"balance": _loss("previous")},
         "running": {"balance": _loss("running")},
+        **{_longer(n): {"balance": _past(n, base.batch_rows)} for n in LONGER},
         "global, micro-batches of 2": {"balance": _loss("global"), "micro_rows": 2},
         "micro, from the middle global": {
             "balance": f"switch(scope=micro, weight={early}) + switch(scope=global, weight={late})"
@@ -88,9 +91,25 @@ def _loss(scope: str, weight: float = 0.1) -> str:
     return f"switch(scope={scope}, weight={weight:g})"
 
 
+def _longer(rows: int) -> str:
+    return f"running, {rows} rows"
+
+
+def _past(rows: int, step_rows: int) -> str:
+    """Balancing with past steps whose decayed rows add up to `rows`: step_rows (d + d^2 + ...)."""
+    return _loss(f"running(decay={rows / (rows + step_rows):.4f})")
+
+
 def write(page: Page, results: Results) -> None:
     """Tables and figures."""
-    first_rows = ("none", *(f"micro {n}" for n in SIZES), "exact", "previous", "running")
+    first_rows = (
+        "none",
+        *(f"micro {n}" for n in SIZES),
+        "exact",
+        "previous",
+        *map(_longer, LONGER),
+        "running",
+    )
     order = [n for n in first_rows if n in results] + [n for n in results if n not in first_rows]
     results = {name: results[name] for name in order}
     page.heading("Result")
@@ -115,11 +134,12 @@ def write(page: Page, results: Results) -> None:
         balanced with those before it, the first by itself. `exact`: counted over the whole step before
         it, so that it is `micro 64` in smaller passes, and what the two differ by is rounding, grown over
         the run: smaller differences on this page mean nothing. `previous`: the counts of the step before,
-        `running`: of the last ten or so, both without a second pass. Shuffle control: micro-batches of 8 rows
-        with one of every domain, more even than the random subsets of the paper. Specialisation:
-        generalised Jensen-Shannon divergence of the domains' expert shares. Selected scores: mean sum
-        of a token's top-k, which compares rows of one router only: the biases have a sigmoid's, the
-        others a softmax's. Losses in nats per token, mean of the domains; MaxVio_batch:
+        `running`: of past steps with a decay of 0.9 a step, or so decayed that as many rows as the name says
+        are left, each with the micro-batch itself, both without a second pass. Shuffle control: micro-batches
+        of 8 rows with one of every domain, more even than the random subsets of the paper. Specialisation:
+        generalised Jensen-Shannon divergence of the domains' expert shares. Selected scores: mean sum of a
+        token's top-k, which compares rows of one router only: the biases have a sigmoid's, the others a
+        softmax's. Losses in nats per token, mean of the domains; MaxVio_batch:
         mean of the last tenth of the steps. With several seeds means and 95 % intervals."""
     )
     page.step_times("no balancing in micro-batches of 8 rows")
@@ -141,8 +161,8 @@ def write(page: Page, results: Results) -> None:
         page.figure("frequency", _FREQUENCY, lambda path: _draw_frequency(first, path))
 
 
-_SIZE = """Specialisation and held-out loss against the rows over which load is balanced; the dashed
-line is the buffer (seed 0)."""
+_SIZE = """Specialisation and held-out loss against the rows over which load is balanced: those of a
+micro-batch, and those that are left of past steps; the dashed line is the buffer of a step (seed 0)."""
 _FREQUENCY = """Share of every expert by domain in the middle MoE layer; a fair share is one part
 in as many as there are experts; dark is 0, bright 0.3 or more (seed 0)."""
 
@@ -220,10 +240,12 @@ def _draw_size(runs: dict[str, Result], path: Path) -> None:
         (axes[0, 1], "held-out loss, nats per token", lambda r: r.final.loss),
     ):
         axis.plot(sizes, [value(runs[f"micro {n}"]) for n in sizes], "o-", label="micro")
+        longer = [n for n in LONGER if _longer(n) in runs]
+        axis.plot(longer, [value(runs[_longer(n)]) for n in longer], "s-", label="running")
         if "global" in runs:
             axis.axhline(value(runs["global"]), linestyle="--", color="#888888", label="global")
         axis.set(title=title, xlabel="rows balanced over", xscale="log")
-        axis.set_xticks(sizes, [str(n) for n in sizes])
+        axis.set_xticks(sizes + longer, [str(n) for n in sizes + longer])
         axis.minorticks_off()
     figures.legend(figure, axes[0, 0])
     figures.save(figure, path)
@@ -264,7 +286,8 @@ EXPERIMENT = Experiment(
         """that micro-batches of one domain are what trainers have: they are the extreme case, chosen so
         that the effect shows;""",
         "step times of a data-parallel run: one process has no communication to wait for;",
-        """anything of buffers of another length than a step, or of more than 64 rows (the paper: to 512);""",
+        """anything of steps of more than 64 rows (the paper: to 512): the longer buffers hold what earlier
+        weights selected;""",
         """how many experts specialise by the published thresholds (0.15 and 0.2 of a domain's
         selections), which are for 64 experts.""",
     ),
