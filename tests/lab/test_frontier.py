@@ -28,22 +28,35 @@ def runs(loss: float, load: float, seeds: range = range(5)) -> list[Any]:
     ]
 
 
-def test_at_equal_load_a_loss_is_set_against_the_line_between_the_switch_losses() -> None:
-    methods = {paired.WEAK: runs(3.9, 1.0), paired.STRONG: runs(4.0, 0.25)}
+WEAK, MIDDLE, STRONG = paired.LINE
+
+
+def test_at_equal_load_a_loss_is_set_against_the_lines_between_the_switch_losses() -> None:
+    methods = {WEAK: runs(3.9, 1.0), MIDDLE: runs(4.0, 0.25), STRONG: runs(4.1, 0.125)}
     # The middle of ln 1 and ln 0.25 is ln 0.5, where the line is at 3.95.
     assert paired.at_equal_load(runs(3.93, 0.5), methods) == pytest.approx([-0.02] * 5, abs=0.01)
-    # Evener than both, or less even: against the nearer end.
-    assert paired.at_equal_load(runs(3.93, 0.1), methods) == pytest.approx([-0.07] * 5, abs=0.01)
-    assert paired.at_equal_load(runs(3.93, 5.0), methods) == pytest.approx([0.03] * 5, abs=0.01)
+    # And that of the stronger two at 4.05.
+    near = runs(4.08, 0.125 * 2**0.5)
+    assert paired.at_equal_load(near, methods) == pytest.approx([0.03] * 5, abs=0.01)
 
 
-def test_at_equal_load_takes_the_seeds_that_all_have() -> None:
-    methods = {
-        paired.WEAK: runs(3.9, 1.0, range(1, 5)),
-        paired.STRONG: runs(4.0, 0.25, range(4)),
-    }
-    assert len(paired.at_equal_load(runs(3.93, 0.5), methods)) == 3
-    assert paired.at_equal_load(runs(3.93, 0.5), {paired.WEAK: methods[paired.WEAK]}) == []
+@pytest.mark.parametrize("load", [0.1, 5.0])
+def test_of_another_load_than_all_switch_losses_nothing_is_said(load: float) -> None:
+    methods = {WEAK: runs(3.9, 1.0), MIDDLE: runs(4.0, 0.25), STRONG: runs(4.1, 0.125)}
+    assert paired.at_equal_load(runs(3.93, load), methods) == []
+    assert paired.told_at_equal_load(runs(3.93, load), methods) == "–"
+
+
+def test_at_equal_load_takes_the_seeds_that_can_be_compared_and_says_how_many() -> None:
+    methods = {WEAK: runs(3.9, 1.0, range(1, 5)), MIDDLE: runs(4.0, 0.25, range(4))}
+    mine = runs(3.93, 0.5)
+    assert len(paired.at_equal_load(mine, methods)) == 3
+    assert paired.told_at_equal_load(mine, methods).endswith(" (3 of 5)")
+    assert paired.at_equal_load(mine, {WEAK: methods[WEAK]}) == []
+    methods[STRONG] = runs(4.1, 0.125)  # seed 0 still has nothing less even than 0.25
+    assert paired.told_at_equal_load(mine, methods).endswith(" (4 of 5)")
+    methods[WEAK] = runs(3.9, 1.0)
+    assert "of" not in paired.told_at_equal_load(mine, methods)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +100,7 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
     leaders = {
         "switch 0.01": runs(3.9, 1.2),
         "switch 0.1": runs(4.0, 0.4),
+        "switch 1": runs(4.2, 0.3),
         "quantile": runs(3.86, 0.2),
     }
     methods = {**leaders, "sign 0.01": runs(3.88, 0.25), "sign, decaying": runs(3.80, 0.15)}
@@ -97,12 +111,14 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "No candidate" in recipe.verdicts({"16 experts": without})[0]
     )  # the frontier may lie there
     found = recipe.verdicts({"16 experts": methods, "64 experts": few})
-    assert found[0] == (
-        "On or beyond the frontier wherever its seeds are run: sign, decaying. Beyond it: sign, decaying."
-    )
+    assert found[:2] == [
+        "The frontier of the single methods. 16 experts: quantile.",
+        "On or beyond the frontier wherever its seeds are run: sign, decaying (16 experts). "
+        "Beyond it: sign, decaying.",
+    ]
     alike = recipe.verdicts({"16 experts": {**methods, "sign, decaying": runs(3.86, 0.2)}})
-    assert "Beyond it: none, so that no combination" in alike[0]
-    assert found[1].startswith(
+    assert "Beyond it: none, so that no combination" in alike[1]
+    assert found[2].startswith(
         "sign, decaying. 16 experts: beyond the frontier (against switch 0.01"
     )
     assert "nan" not in " ".join(found)

@@ -13,8 +13,9 @@ MARGIN = 0.02
 """Losses (nats per token) nearer than this count as equal; fixed before the runs."""
 SEEDS = 5
 """Of the leaders, at least."""
-REFERENCE = WEAK = "switch 0.01"
-STRONG = "switch 0.1"
+LINE = ("switch 0.01", "switch 0.1", "switch 1")
+"""One loss over its strength: what others are compared with at equal MaxVio."""
+REFERENCE, STRONG = LINE[:2]
 Groups = Mapping[str, Mapping[str, Sequence[Result]]]
 """Runs by group, as `16 experts`, and method."""
 
@@ -35,15 +36,27 @@ def paired(runs: Sequence[Result], reference: Sequence[Result]) -> list[float]:
 
 
 def at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> list[float]:
-    """Loss less that of the Switch losses at the same MaxVio, of the seeds that all three have."""
-    ends = [{r.seed: r.final for r in methods.get(name, ())} for name in (WEAK, STRONG)]
+    """Loss less that of the Switch losses at the same MaxVio, of the seeds where these reach it.
+
+    Straight lines in ln MaxVio between the strengths of one seed, from the least even to the most.
+    """
     found = []
     for run in runs:
-        if all(run.seed in end for end in ends):
-            line = sorted((np.log(end[run.seed].max_vio), end[run.seed].loss) for end in ends)
+        ends = [r.final for name in LINE for r in methods.get(name, ()) if r.seed == run.seed]
+        line = sorted((float(np.log(end.max_vio)), end.loss) for end in ends)
+        load = float(np.log(run.final.max_vio))
+        if len(line) > 1 and line[0][0] <= load <= line[-1][0]:
             loads, losses = zip(*line, strict=True)
-            found.append(run.final.loss - np.interp(np.log(run.final.max_vio), loads, losses))
+            found.append(run.final.loss - float(np.interp(load, loads, losses)))
     return found
+
+
+def told_at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> str:
+    """The verdict at equal MaxVio; where not all seeds' MaxVio is one that the losses reach, of how many."""
+    found = at_equal_load(runs, methods)
+    if not found:
+        return "–"
+    return verdict(found) + ("" if len(found) == len(runs) else f" ({len(found)} of {len(runs)})")
 
 
 def verdict(differences: Sequence[float]) -> str:

@@ -22,7 +22,6 @@ from equipoise.lab.experiments.paired import (
     REFERENCE,
     SEEDS,
     STRONG,
-    WEAK,
     Groups,
     grouped,
     verdict,
@@ -50,7 +49,7 @@ GO_ON: tuple[str, ...] = ()
 """Finalists beyond the frontier of 16 experts: with 64 and 256, too. None is: of what is only on it, the
 single method is the simpler."""
 SOFTMAX = "softmax(weighting=scores)"
-LOSSES = (WEAK, STRONG)
+LOSSES = (REFERENCE, STRONG)
 """The leaders for families that have no selection bias, nearly all of those with a softmax router."""
 
 
@@ -117,38 +116,56 @@ def leaders(group: str) -> tuple[str, ...]:
 
 
 def verdicts(groups: Groups) -> list[str]:
-    """For each finalist and group: beyond, on, or behind the leaders' frontier."""
-    found = []
+    """The leaders' frontiers; for each finalist and group: beyond, on, or behind them."""
+    whole = {group: _leading(group, methods) for group, methods in groups.items()}
+    whole = {g: best for g, best in whole.items() if all(len(r) >= SEEDS for r in best.values())}
     places: dict[str, dict[str, str]] = {}
+    found = []
     for name in FINALISTS:
         told = []
-        for group, methods in groups.items():
-            best = {n: methods.get(n, ()) for n in leaders(group)}
-            mine = methods.get(name, ())
-            if all(len(runs) >= SEEDS for runs in (mine, *best.values())):
+        for group, best in whole.items():
+            mine = groups[group].get(name, ())
+            if len(mine) >= SEEDS:
                 place = places.setdefault(name, {})[group] = _place(mine, best)
-                against = "; ".join(
-                    f"against {leader} {_told(mine, runs)}" for leader, runs in best.items()
-                )
+                against = "; ".join(f"against {n} {_told(mine, runs)}" for n, runs in best.items())
                 told.append(f"{group}: {place} the frontier ({against})")
         if told:
             found.append(f"{name}. {'. '.join(told)}.")
     if not found:
         return [f"No candidate has the {SEEDS} paired seeds yet that a verdict takes."]
-    held = [n for n, at in places.items() if "behind" not in at.values()]
-    beyond = [n for n in held if "beyond" in places[n].values()]
+    frontiers = "; ".join(f"{g}: {', '.join(_frontier(best))}" for g, best in whole.items())
+    held = [
+        f"{name} ({', '.join(at)})" for name, at in places.items() if "behind" not in at.values()
+    ]
+    beyond = [
+        name
+        for name, at in places.items()
+        if "beyond" in at.values() and "behind" not in at.values()
+    ]
     return [
+        f"The frontier of the single methods. {frontiers}.",
         f"On or beyond the frontier wherever its seeds are run: {', '.join(held) or 'no candidate'}. "
         f"Beyond it: {', '.join(beyond) or 'none, so that no combination here beats the single methods'}.",
         *found,
     ]
 
 
+def _leading(group: str, methods: Mapping[str, Sequence[Result]]) -> dict[str, Sequence[Result]]:
+    return {name: methods.get(name, ()) for name in leaders(group)}
+
+
+def _frontier(leaders: Mapping[str, Sequence[Result]]) -> dict[str, Sequence[Result]]:
+    """The leaders of which none is better than another."""
+    return {
+        name: runs
+        for name, runs in leaders.items()
+        if not any(_better(other, runs) for other in leaders.values())
+    }
+
+
 def _place(mine: Sequence[Result], leaders: Mapping[str, Sequence[Result]]) -> str:
-    """Where a candidate stands to the leaders of which none is better than another."""
-    best = [
-        runs for runs in leaders.values() if not any(_better(o, runs) for o in leaders.values())
-    ]
+    """Where a candidate stands to the frontier."""
+    best = _frontier(leaders).values()
     if any(_better(runs, mine) for runs in best):
         return "behind"
     return "beyond" if any(_better(mine, runs) for runs in best) else "on"
@@ -192,6 +209,7 @@ EXPERIMENT = Experiment(
     configs,
     write,
     (
+        """that a combination is on the frontier with 64 or 256 experts, where it was not run;""",
         """that a candidate is better where runs are longer: these see few tokens a parameter;""",
         """that the finalists are the best candidates: they were settled on when one seed of 16 experts had
         been seen, the two with `quantile` when all five of `quantile` had, and those seeds are among
