@@ -22,3 +22,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """' Did you mean X?' for the closest of the allowed words, or '' when none is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 domain', '3 domains'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ def lab(
     experiments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[EXPERIMENT]...",
+            metavar="EXPERIMENT",
             help="Which, one after the other; see --list.",
             show_default=False,
         ),

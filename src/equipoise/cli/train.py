@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from equipoise.cli.progress import progress
 from equipoise.errors import EquipoiseError
 
 if TYPE_CHECKING:
+    from equipoise.lab.config import Config
     from equipoise.lab.evaluate import Evaluation
 
 
@@ -28,7 +30,9 @@ def train(
     ] = None,
     values: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting, key=value; as often as wanted."),
+        typer.Option(
+            "--set", help="Change a setting, key=value, as often as wanted; --show lists them."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -45,6 +49,9 @@ def train(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print all settings, and train nothing.")
+    ] = False,
     names: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
     """Train a small Mixture-of-Experts model, its load beside its loss; a stopped run goes on.
@@ -55,10 +62,15 @@ def train(
 
       equipoise train small --set balance="switch(weight=0.01)" --out runs/switch
 
+      equipoise train small --set model.router=sigmoid --set data.source=texts/ --show
+
       torchrun --standalone --nproc-per-node 2 -m equipoise train small
     """
     if names:
         _list()
+        return
+    if show:
+        _show(recipe, values or [])
         return
     try:
         _train(recipe, values or [], out, force, tensorboard, wandb, quiet or not _first(), json)
@@ -95,7 +107,26 @@ def _list() -> None:
     from equipoise.lab.recipes import RECIPES
 
     for name, made in RECIPES.items():
-        print(f"{name:16} {(made.__doc__ or '').partition(chr(10))[0]}")
+        told = (made.__doc__ or "").partition("\n")[0]
+        print(textwrap.fill(told, 79, initial_indent=f"{name:16} ", subsequent_indent=" " * 17))
+
+
+def _show(recipe: str | None, values: list[str]) -> None:
+    from dataclasses import asdict
+
+    from equipoise.lab.config import flat
+
+    for key, value in flat(asdict(_config(recipe, values))):
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        print(f"{key}={'' if shown is None else shown}")
+
+
+def _config(recipe: str | None, values: list[str]) -> Config:
+    from equipoise.lab import recipes
+
+    if recipe is None:
+        raise EquipoiseError(f"Which recipe? There are {', '.join(recipes.RECIPES)}; try --list.")
+    return recipes.recipe(recipe, _settings(values))
 
 
 def _train(
@@ -108,12 +139,8 @@ def _train(
     quiet: bool,
     json: bool,
 ) -> None:
-    from equipoise.lab import recipes
-
-    if recipe is None:
-        raise EquipoiseError(f"Which recipe? There are {', '.join(recipes.RECIPES)}; try --list.")
-    config = recipes.recipe(recipe, _settings(values))
-    path = out or Path("runs") / recipe
+    config = _config(recipe, values)
+    path = out or Path("runs") / str(recipe)
     logging_to = loggers(path, config, tensorboard=tensorboard, wandb=wandb, first=_first())
     tell: Callable[[str], None] = say if _first() else _silent
     from transformers.utils import logging

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.capture.text import Document, load_text
-from equipoise.errors import EquipoiseError, nearest
+from equipoise.errors import EquipoiseError, counted, nearest
 from equipoise.lab.checks import SMALLEST_VOCABULARY
 from equipoise.lab.config import DataConfig
 from equipoise.lab.saving import saving
@@ -123,7 +123,7 @@ def _file(folder: Path, domain: str, part: str) -> Path:
 
 def _prepare(config: DataConfig, folder: Path, say: Say) -> None:
     texts = _by_domain(config)
-    say(f"Making a vocabulary of {config.vocab_size} from {len(texts)} domains")
+    say(f"Making a vocabulary of {config.vocab_size} from {counted(len(texts), 'domain')}")
     tokenizer = train_tokenizer(texts, config.vocab_size)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:

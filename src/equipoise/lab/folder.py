@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, counted
 from equipoise.lab.config import Config, differences
 from equipoise.lab.saving import replacing
 from equipoise.lock import Lock
@@ -81,7 +81,7 @@ class RunFolder:
         told = {key: values for key, values in other.items() if key not in LABELS}
         if told:
             key, (ours, theirs) = next(iter(told.items()))
-            more = f", and {len(told) - 1} more settings" if len(told) > 1 else ""
+            more = f", and {counted(len(told) - 1, 'more setting')}" if len(told) > 1 else ""
             raise EquipoiseError(
                 f"{self.path} holds a run with {key}={theirs}, not {ours}{more}: choose another "
                 "folder with --out, or --force to begin anew here."

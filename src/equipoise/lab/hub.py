@@ -19,18 +19,14 @@ def load_dataset_text(config: DataConfig) -> Sequence[Document]:
         import datasets
     except ImportError as error:
         raise EquipoiseError(
-            f"data.source={config.source!r} is no file or folder here: name one with "
-            "--set data.source=FOLDER. To load it as a data set: pip install 'equipoise[datasets]'."
+            f"{_nowhere(config)} To load it as a data set: pip install 'equipoise[datasets]'."
         ) from error
     name, _, part = config.source.partition(":")
     try:
         rows = datasets.load_dataset(name, part or None, split=config.split)
     except Exception as error:
         said = str(error).partition("\n")[0] or type(error).__name__
-        raise EquipoiseError(
-            f"data.source={config.source!r} is no file or folder here: name one with "
-            f"--set data.source=FOLDER. As a data set: {said}"
-        ) from error
+        raise EquipoiseError(f"{_nowhere(config)} As a data set: {said}") from error
     for field in (config.text_field, config.domain_field):
         if field is not None and field not in rows.column_names:
             raise EquipoiseError(
@@ -47,6 +43,13 @@ def load_dataset_text(config: DataConfig) -> Sequence[Document]:
         for number, row in enumerate(rows)
         if row[config.text_field] not in (None, "")
     ]
+
+
+def _nowhere(config: DataConfig) -> str:
+    return (
+        f"data.source={config.source!r} is no file or folder here: name a folder of text, a sub-folder "
+        "or file for each domain (train: --set data.source=FOLDER; lab: --data FOLDER)."
+    )
 
 
 def _text_of(value: object, number: int, config: DataConfig) -> str:

@@ -68,6 +68,8 @@ class Journal:
 
     def note(self, step: Step, balance: Callable[[], Mapping[str, float]]) -> None:
         """Keep a step, and tell of it; `balance` gives what balancing measured."""
+        counts_LE = step.counts_LE
+        max_vio = float(np.mean(load.max_vio(counts_LE))) if counts_LE.size else math.nan
         row = {
             "step": step.number,
             "tokens": step.number * self.config.step_tokens,
@@ -75,23 +77,22 @@ class Journal:
             "gradient_norm": step.gradient_norm,
             "learning_rate": step.rate * self.config.optimizer.lr,
             "seconds": step.seconds,
-            "counts": step.counts_LE.ravel().astype(np.int64),
+            "max_vio": max_vio,
+            "max_vio_floor": step_floor(self.config) if counts_LE.size else math.nan,
+            "counts": counts_LE.ravel().astype(np.int64),
         }
         if step.dropped_share is not None:
             row["dropped_share"] = step.dropped_share
         self.rows.append(row)
-        counts_LE = step.counts_LE
-        max_vio = float(np.mean(load.max_vio(counts_LE))) if counts_LE.size else math.nan
         for sink in self.sinks:
-            sink({**self._scalars(row, max_vio), **balance()}, step.number)
+            sink({**self._scalars(row), **balance()}, step.number)
         if self.progress is not None:
             self.progress(self._progress(step, max_vio))
 
-    def _scalars(self, row: Mapping[str, Any], max_vio: float) -> dict[str, float]:
-        names = ("loss", "gradient_norm", "learning_rate", "seconds")
+    def _scalars(self, row: Mapping[str, Any]) -> dict[str, float]:
+        names = ("loss", "gradient_norm", "learning_rate", "seconds", "max_vio", "max_vio_floor")
         found = {f"train/{name}": float(row[name]) for name in names}
         found["train/tokens_per_second"] = self.config.step_tokens / row["seconds"]
-        found["train/max_vio"], found["train/max_vio_floor"] = max_vio, step_floor(self.config)
         return found
 
     def _progress(self, step: Step, max_vio: float) -> Progress:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from equipoise.errors import EquipoiseError, nearest
+from equipoise.errors import EquipoiseError, counted, nearest
 from equipoise.lab.config import Config
 from equipoise.lab.experiments import EXPERIMENTS
 from equipoise.lab.experiments.base import Experiment, Page, Results
 from equipoise.lab.folder import write_text
 from equipoise.lab.grid import Grid
+from equipoise.lab.recipes import reading
 from equipoise.lab.results import Result
 from equipoise.lab.turns import Turns, measure
 
@@ -64,7 +65,7 @@ def run_experiment(
         return write_page(experiment, [], Path(out), tier)
     configs = experiment.configs(tier, seeds)
     if data is not None:
-        configs = [config.change(_place(config, data)) for config in configs]
+        configs = [reading(config, data) for config in configs]
     if redraw:
         if not _finished(configs, pool):
             raise EquipoiseError(
@@ -81,15 +82,6 @@ def run_experiment(
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
             path = write_page(experiment, configs, Path(out), tier, seeds)
     return path
-
-
-def _place(config: Config, data: str) -> dict[str, object]:
-    """Another source: the domains asked for where it has them all, else all that it has."""
-    root = Path(data).expanduser()
-    there = all(
-        (root / name).is_dir() or any(root.glob(f"{name}.*")) for name in config.data.domains
-    )
-    return {"data.source": data, "data.domains": config.data.domains if there else ()}
 
 
 def overview(out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1) -> Iterator[str]:
@@ -180,8 +172,9 @@ def _setup(
     page.heading("What was run")
     page.text(
         f"`{command}`: {len(found)} of {len(configs)} runs finished, "
-        f"{len({r.seed for r in found})} seed(s). Unless a row says otherwise: {model.layers} layers "
-        f"({model.dense_layers} dense), width {model.hidden_size}, {model.experts} experts"
+        f"{counted(len({r.seed for r in found}), 'seed')}. Unless a row says otherwise: "
+        f"{model.layers} layers ({model.dense_layers} dense), width {model.hidden_size}, "
+        f"{model.experts} experts"
         + (f" and {model.shared_experts} shared" if model.shared_experts else "")
         + f", top-{model.top_k}, router `{model.router}`, weights drawn with deviation {model.init_std:g}, "
         f"{size['total'] / 1e6:.1f} M parameters, {size['active'] / 1e6:.1f} M "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from equipoise.errors import EquipoiseError, nearest
@@ -89,10 +90,26 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def recipe(name: str, values: Mapping[str, Any] | None = None) -> Config:
-    """A recipe's config, with values changed by dotted name."""
+    """A recipe's config, with values changed by dotted name.
+
+    Another `data.source` without `data.domains` brings its own domains, unless it has the recipe's.
+    """
     if name not in RECIPES:
         raise EquipoiseError(
             f"No recipe {name!r}: there are {', '.join(RECIPES)}.{nearest(name, RECIPES)}"
         )
-    config = RECIPES[name]()
-    return config.change(values) if values else config
+    config = RECIPES[name]().change(values or {})
+    if "data.source" in (values or {}) and "data.domains" not in (values or {}):
+        return reading(config, config.data.source)
+    return config
+
+
+def reading(config: Config, source: str) -> Config:
+    """The config with another text: the domains it asks for where that has them all, else all there are."""
+    root = Path(source).expanduser()
+    there = all(
+        (root / name).is_dir() or any(root.glob(f"{name}.*")) for name in config.data.domains
+    )
+    return config.change(
+        {"data.source": source, "data.domains": config.data.domains if there else ()}
+    )

@@ -38,6 +38,7 @@ METHODS = {
     "sign 0.01": "sign(rate=0.01)",
     "quantile": "quantile",
     "switch 0.001": "switch(scope=global, weight=0.001)",
+    "switch 10": "switch(scope=global, weight=10)",
     "sign 0.001": "sign(rate=0.001)",
 }
 """At every number of experts."""
