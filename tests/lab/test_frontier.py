@@ -28,7 +28,7 @@ def runs(loss: float, load: float, seeds: range = range(5)) -> list[Any]:
     ]
 
 
-WEAK, MIDDLE, STRONG = paired.LINE
+WEAK, MIDDLE, STRONG = paired.LINE[:3]
 
 
 def test_at_equal_load_a_loss_is_set_against_the_lines_between_the_switch_losses() -> None:
@@ -40,11 +40,14 @@ def test_at_equal_load_a_loss_is_set_against_the_lines_between_the_switch_losses
     assert paired.at_equal_load(near, methods) == pytest.approx([0.03] * 5, abs=0.01)
 
 
-@pytest.mark.parametrize("load", [0.1, 5.0])
-def test_of_another_load_than_all_switch_losses_nothing_is_said(load: float) -> None:
+@pytest.mark.parametrize(
+    ("load", "words"), [(0.1, "more even than all"), (5.0, "less even than all")]
+)
+def test_of_another_load_than_all_switch_losses_only_that_is_said(load: float, words: str) -> None:
     methods = {WEAK: runs(3.9, 1.0), MIDDLE: runs(4.0, 0.25), STRONG: runs(4.1, 0.125)}
     assert paired.at_equal_load(runs(3.93, load), methods) == []
-    assert paired.told_at_equal_load(runs(3.93, load), methods) == "–"
+    assert paired.told_at_equal_load(runs(3.93, load), methods) == words
+    assert paired.told_at_equal_load(runs(3.93, load), {WEAK: methods[WEAK]}) == "–"
 
 
 def test_at_equal_load_takes_the_seeds_that_can_be_compared_and_says_how_many() -> None:
@@ -101,6 +104,8 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "switch 0.01": runs(3.9, 1.2),
         "switch 0.1": runs(4.0, 0.4),
         "switch 1": runs(4.2, 0.3),
+        "proportional 0.01": runs(3.95, 0.3),
+        "RMS-normalised 0.01": runs(3.95, 0.35),
         "quantile": runs(3.86, 0.2),
     }
     methods = {**leaders, "sign 0.01": runs(3.88, 0.25), "sign, decaying": runs(3.80, 0.15)}

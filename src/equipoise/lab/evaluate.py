@@ -6,7 +6,7 @@ Shapes: D domains, L MoE layers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +120,15 @@ def evaluate(
     trace: Path | None = None,
     leak_rows: int = 0,
     processes: Processes | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Run every domain's held-out rows (about `tokens` of each; 0 is all); record to `trace`.
 
     processes: those that make the passes between them, the same passes as one would make alone;
     all get the whole evaluation. Their losses differ from one's in the rounding of sums only.
     Expert choice goes by its thresholds, as generation would. leak_rows: measure the `leak` of a
-    model that looks at later tokens, with so many rows in a pass; 0 does not.
+    model that looks at later tokens, with so many rows in a pass; 0 does not. told: called after
+    every pass of this process, with how many of how many are done.
     """
     training = model.training
     model.eval()
@@ -140,7 +142,7 @@ def evaluate(
             meter.scores = True
             recorder = stack.enter_context(_recording(model, trace)) if trace is not None else None
             losses_D, sums_DL, counts_DLE = _passes(
-                model, _dealt(rows, processes), corpus.names, meter, recorder
+                model, _dealt(rows, processes), corpus.names, meter, recorder, told
             )
         if processes is not None:
             for part in (losses_D, sums_DL, counts_DLE):
@@ -189,6 +191,7 @@ def _passes(
     domains: Sequence[str],
     meter: Meter,
     recorder: Any,
+    told: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the passes: losses [D], selected scores [D, L], float64, selections [D, L, E]."""
     device = next(model.parameters()).device
@@ -196,11 +199,12 @@ def _passes(
     counts_LE, sums_L = meter.take()
     counts_DLE = counts_LE.new_zeros(len(domains), *counts_LE.shape)
     sums_DL = sums_L.new_zeros(len(domains), *sums_L.shape)
-    for domain, part in parts:
+    for done, (domain, part) in enumerate(parts):
         losses_D[domain] += _losses(model, part.to(device), recorder, domains[domain])
         counts_LE, sums_L = meter.take()
         counts_DLE[domain] += counts_LE
         sums_DL[domain] += sums_L
+        told(done + 1, len(parts))
     return losses_D, sums_DL, counts_DLE
 
 

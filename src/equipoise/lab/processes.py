@@ -51,6 +51,11 @@ class Processes:
                 f"batch_rows={config.batch_rows} cannot be shared out over {self.count} processes "
                 f"in micro-batches of micro_rows={config.micro_rows}."
             )
+        if config.parallel == "fsdp2" and self.count == 1:
+            raise EquipoiseError(
+                "parallel=fsdp2 cuts the weights over processes, and there is one: start the run with "
+                "torchrun --nproc-per-node N, or set it to ddp."
+            )
         if config.expert_parallel:
             if self.count == 1:
                 raise EquipoiseError(

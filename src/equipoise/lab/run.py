@@ -35,6 +35,8 @@ from equipoise.lab.weights import save_model
 
 QUICK_TOKENS = 20_000
 """Of each domain, in evaluations on the way."""
+EVERY = 10.0
+"""Seconds between words on how far an evaluation is."""
 
 
 class Run:
@@ -255,11 +257,26 @@ class Run:
                 trace=trace,
                 leak_rows=self.config.micro_rows if self.step == self.config.steps else 0,
                 processes=self.processes,
+                told=self._now_and_then(),
             )
         self.meter.take()
         self.journal.evaluations.append({"step": self.step, **found.to_dict()})
         self.model.train()
         return found
+
+    def _now_and_then(self) -> Callable[[int, int], None]:
+        """Says how far an evaluation is, where it takes long."""
+        begin = last = time.monotonic()
+
+        def told(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > EVERY and done < total:
+                last = now
+                left = (now - begin) / done * (total - done)
+                self.say(f"Evaluated {done:,} of {total:,} passes, {left:,.0f} s left.")
+
+        return told
 
     def save(self) -> None:
         """Write what a resumed run needs, and the figures so far; weights have to be finite."""

@@ -13,8 +13,8 @@ MARGIN = 0.02
 """Losses (nats per token) nearer than this count as equal; fixed before the runs."""
 SEEDS = 5
 """Of the leaders, at least."""
-LINE = ("switch 0.01", "switch 0.1", "switch 1")
-"""One loss over its strength: what others are compared with at equal MaxVio."""
+LINE = ("switch 0.01", "switch 0.1", "switch 1", "switch 10")
+"""One loss over its strength: what others are compared with at equal MaxVio, in seeds that have it."""
 REFERENCE, STRONG = LINE[:2]
 Groups = Mapping[str, Mapping[str, Sequence[Result]]]
 """Runs by group, as `16 experts`, and method."""
@@ -55,8 +55,22 @@ def told_at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Re
     """The verdict at equal MaxVio; where not all seeds' MaxVio is one that the losses reach, of how many."""
     found = at_equal_load(runs, methods)
     if not found:
-        return "–"
+        return _beside(runs, methods)
     return verdict(found) + ("" if len(found) == len(runs) else f" ({len(found)} of {len(runs)})")
+
+
+def _beside(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> str:
+    """Where all runs lie that are on no line: a dash where there is none."""
+    loads = {
+        name: [r.final.max_vio for r in methods.get(name, ())] for name in LINE if name in methods
+    }
+    mine = [run.final.max_vio for run in runs]
+    if len(loads) < 2:
+        return "–"
+    ends = [load for found in loads.values() for load in found]
+    if max(mine) < min(ends):
+        return "more even than all"
+    return "less even than all" if min(mine) > max(ends) else "–"
 
 
 def verdict(differences: Sequence[float]) -> str:
