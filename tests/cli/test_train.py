@@ -53,8 +53,21 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_recipes_are_listed_with_what_they_are(run: Any) -> None:
     code, out, _ = run("--list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == list(RECIPES)
-    assert all(len(line.split()) > 3 for line in out.splitlines())
+    told = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in told] == list(RECIPES)
+    assert all(len(line.split()) > 3 for line in told)
+    assert all(len(line) < 80 for line in out.splitlines())
+
+
+def test_settings_are_shown_as_they_are_set(run: Any) -> None:
+    set_values = ["--set", "model.router=sigmoid", "--set", "data.domains=python,chinese"]
+    code, out, _ = run("small", *set_values, "--show")
+    assert code == 0
+    shown = out.splitlines()
+    assert {"model.router=sigmoid", "data.domains=python,chinese", "model.top_k=2"} <= {*shown}
+    changed = recipe("small", {"model.router": "sigmoid", "data.domains": ("python", "chinese")})
+    assert recipe("tiny", dict(line.split("=", 1) for line in shown)) == changed
+    assert run("smal", "--show").err.startswith("equipoise: No recipe 'smal'")
 
 
 @pytest.mark.parametrize(

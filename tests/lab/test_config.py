@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +187,15 @@ def test_reading_recipes_loads_no_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.stdout.strip() == "False", found.stderr
+
+
+def test_another_text_brings_its_domains_unless_it_has_the_recipe_s(tmp_path: Path) -> None:
+    (tmp_path / "prose").mkdir()
+    assert recipe("tiny", {"data.source": str(tmp_path)}).data.domains == ()
+    named = recipe("tiny", {"data.source": str(tmp_path), "data.domains": "prose"})
+    assert named.data.domains == ("prose",)
+    for name in recipe("tiny").data.domains:
+        (tmp_path / f"{name}.txt").touch()
+    assert (
+        recipe("tiny", {"data.source": str(tmp_path)}).data.domains == recipe("tiny").data.domains
+    )

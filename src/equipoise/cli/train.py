@@ -117,8 +117,14 @@ def _show(recipe: str | None, values: list[str]) -> None:
     from equipoise.lab.config import flat
 
     for key, value in flat(asdict(_config(recipe, values))):
-        shown = ",".join(value) if isinstance(value, tuple) else value
-        print(f"{key}={'' if shown is None else shown}")
+        print(f"{key}={_as_set(value)}")
+
+
+def _as_set(value: Any) -> str:
+    """A value as --set takes it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _config(recipe: str | None, values: list[str]) -> Config:

@@ -211,21 +211,11 @@ class Run:
             if self.processes.first and self.journal.rows:
                 self.folder.write_metrics(self.journal.rows)  # how it came to this
         where = first_not_finite(self.model, self.plain, micro_batches, self.processes)
-        self._keep_last_step()
         raise self._stopped(self.step + 1, f"{what}; {where}")
-
-    def _keep_last_step(self) -> None:
-        """Save what the last whole step left, if its weights are finite."""
-        bad = self._agreed(bad_weight(self.plain) is not None)
-        if self.step > self._saved_step and not bad:
-            if self.handle is not None:
-                self.handle.discard()
-            self.meter.take()
-            self.save()
 
     def _stopped(self, step: int, what: str) -> EquipoiseError:
         saved = f"its last checkpoint is of step {self._saved_step}"
-        kept = saved if self._saved_step else "no step left finite weights to keep"
+        kept = saved if self._saved_step else "no checkpoint was due before it"
         ways = ["lower optimizer.lr", "raise optimizer.warmup_share"]
         if self.config.precision != "float32":
             ways.append("use precision=float32")
