@@ -20,6 +20,7 @@ from equipoise.lab import Config, pages
 from equipoise.lab.experiments import EXPERIMENTS
 from equipoise.lab.experiments.base import Experiment, seeded
 from equipoise.lab.grid import Grid, missing
+from equipoise.lab.recipes import reading
 from equipoise.lab.results import Result, folder_of, identity
 from equipoise.lab.trainer import train
 from tests.lab.made_up import SMALL, write_text
@@ -186,10 +187,10 @@ def test_a_page_names_the_run_folder_that_is_damaged(
 def test_other_text_is_taken_with_all_its_domains(tmp_path: Path) -> None:
     config = EXPERIMENTS["collapse"].configs("cpu", 1)[0]
     write_text(tmp_path / "other")
-    assert pages._place(config, str(tmp_path / "other"))["data.domains"] == ()
+    assert reading(config, str(tmp_path / "other")).data.domains == ()
     for name in config.data.domains:
         (tmp_path / "same" / name).mkdir(parents=True)
-    assert pages._place(config, str(tmp_path / "same"))["data.domains"] == config.data.domains
+    assert reading(config, str(tmp_path / "same")).data.domains == config.data.domains
 
 
 def test_the_gpu_tier_is_refused_without_a_gpu(
