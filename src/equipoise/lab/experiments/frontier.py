@@ -146,12 +146,12 @@ def write(page: Page, results: Results) -> None:
 READING = f"""Differences are to `{REFERENCE}` of the same seed, whose runs see the same rows and begin
 with the same weights; with several seeds, means and 95 % intervals by Student's t. At equal MaxVio: the
 difference to the Switch losses of the same seed ({", ".join(LINE)}), on the lines between them in ln
-MaxVio_global (n of m: of the seeds that these reach); "more even than all": no Switch loss of any seed is
-as even, "less even than all": none is as uneven. Equivalent: two one-sided t-tests both reject, at 5 %,
-that the difference is as large as {MARGIN} nats. The published differences are smaller than that margin,
-0.006 nats between a bias and a loss (arXiv 2408.15664) and 0.016 between scopes (2501.11873): to tell
-those takes longer runs and more seeds. MaxVio_batch of each training step's tokens, mean over the last
-tenth of the steps. Chance: what uniform routing of as many tokens gives."""
+MaxVio_global (n of m: of the seeds that these reach); "more even than all": in every seed it is more even
+than all Switch losses; "less even than all": less, in every seed. Equivalent: two one-sided t-tests both
+reject, at 5 %, that the difference is as large as {MARGIN} nats. The published differences are smaller
+than that margin, 0.006 nats between a bias and a loss (arXiv 2408.15664) and 0.016 between scopes
+(2501.11873): to tell those takes longer runs and more seeds. MaxVio_batch of each training step's tokens,
+mean over the last tenth of the steps. Chance: what uniform routing of as many tokens gives."""
 COMPARISONS = """Every interval and every test is at its own level: of twenty comparisons of methods that do
 not differ, about one shows a difference all the same, and of methods that differ by the margin, one in
 twenty is called equivalent."""

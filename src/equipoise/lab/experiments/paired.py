@@ -42,35 +42,38 @@ def at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]
     """
     found = []
     for run in runs:
-        ends = [r.final for name in LINE for r in methods.get(name, ()) if r.seed == run.seed]
-        line = sorted((float(np.log(end.max_vio)), end.loss) for end in ends)
-        load = float(np.log(run.final.max_vio))
-        if len(line) > 1 and line[0][0] <= load <= line[-1][0]:
-            loads, losses = zip(*line, strict=True)
-            found.append(run.final.loss - float(np.interp(load, loads, losses)))
+        loads, losses = _line(run.seed, methods)
+        if len(loads) > 1 and loads[0] <= run.final.max_vio <= loads[-1]:
+            loss = np.interp(np.log(run.final.max_vio), np.log(loads), losses)
+            found.append(run.final.loss - float(loss))
     return found
 
 
 def told_at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> str:
-    """The verdict at equal MaxVio; where not all seeds' MaxVio is one that the losses reach, of how many."""
+    """The verdict at equal MaxVio; where not all seeds' MaxVio is one that the losses reach, of how many.
+
+    Where it is none: whether each run is more even than all Switch losses of its seed, or less.
+    """
     found = at_equal_load(runs, methods)
-    if not found:
-        return _beside(runs, methods)
-    return verdict(found) + ("" if len(found) == len(runs) else f" ({len(found)} of {len(runs)})")
-
-
-def _beside(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> str:
-    """Where all runs lie that are on no line: a dash where there is none."""
-    loads = {
-        name: [r.final.max_vio for r in methods.get(name, ())] for name in LINE if name in methods
-    }
-    mine = [run.final.max_vio for run in runs]
-    if len(loads) < 2:
+    if found:
+        return verdict(found) + (
+            "" if len(found) == len(runs) else f" ({len(found)} of {len(runs)})"
+        )
+    beside = [(run.final.max_vio, _line(run.seed, methods)[0]) for run in runs]
+    if not all(len(loads) > 1 for _, loads in beside):
         return "–"
-    ends = [load for found in loads.values() for load in found]
-    if max(mine) < min(ends):
+    if all(load < loads[0] for load, loads in beside):
         return "more even than all"
-    return "less even than all" if min(mine) > max(ends) else "–"
+    return "less even than all" if all(load > loads[-1] for load, loads in beside) else "–"
+
+
+def _line(
+    seed: int, methods: Mapping[str, Sequence[Result]]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """MaxVio and loss of a seed's Switch losses, the most even first."""
+    ends = [run.final for name in LINE for run in methods.get(name, ()) if run.seed == seed]
+    line = sorted((end.max_vio, end.loss) for end in ends)
+    return [load for load, _ in line], [loss for _, loss in line]
 
 
 def verdict(differences: Sequence[float]) -> str:
