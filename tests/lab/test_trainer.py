@@ -349,7 +349,7 @@ def test_a_folder_of_another_config_is_refused_with_both_values(
     train(configure(trace=False), tmp_path / "a")
     with pytest.raises(EquipoiseError) as stop:
         train(configure(trace=False, seed=1, model__experts=8), tmp_path / "a")
-    assert "holds a run with model.experts=4, not 8, and 1 more settings" in str(stop.value)
+    assert "holds a run with model.experts=4, not 8, and 1 more setting:" in str(stop.value)
     assert RunFolder(tmp_path / "a").finished
 
 
@@ -480,9 +480,13 @@ def test_metrics_hold_a_row_a_step_whose_counts_sum_to_the_selections(
         "gradient_norm",
         "learning_rate",
         "seconds",
+        "max_vio",
+        "max_vio_floor",
         "counts",
         "dropped_share",
     ]
+    assert table["max_vio"].to_pylist() == [now.max_vio for now in seen]
+    assert {*table["max_vio_floor"].to_pylist()} == {seen[0].floor}
     for counts in table["counts"].to_pylist():
         assert len(counts) == 2 * 4
         assert sum(counts) == 2 * 8 * 16 * 2
