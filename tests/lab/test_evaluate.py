@@ -78,6 +78,19 @@ def made(tokens: list[int], counts_DLE: np.ndarray) -> Evaluation:
     return Evaluation(names, nothing, np.array(tokens), nothing + 1, counts_DLE, nothing[:, None])
 
 
+def test_every_pass_is_told(configure: Callable[..., Config]) -> None:
+    config = configure(data__held_out_tokens=1500)
+    corpus = load_corpus(config.data)
+    model = LanguageModel(config.model, config.data.vocab_size)
+    told: list[tuple[int, int]] = []
+    evaluate(model, corpus, config.data.row_length, told=lambda *at: told.append(at))
+    passes = sum(
+        -(-len(held_out_rows(domain, config.data.row_length, 0)) // ROWS)
+        for domain in corpus.domains
+    )
+    assert told == [(done, passes) for done in range(1, passes + 1)]
+
+
 def test_domains_weigh_alike_in_max_vio_however_long_they_are() -> None:
     even = made([100, 300], np.array([[[100, 0]], [[0, 300]]]))
     assert even.max_vio == pytest.approx(0)

@@ -10,8 +10,6 @@ from equipoise.lab import fused
 from equipoise.lab.fused import RMSNorm, Rotary, rotary_heads
 
 ROWS, LENGTH, WIDTH = 3, 5, 8
-
-
 HEADS, KV_HEADS, HIDDEN = 4, 2, 6
 
 
@@ -40,6 +38,29 @@ def test_attention_on_rotary_heads_is_that_of_autograd(
         (mixed_BHSC * weight_BHSC).sum().backward()
         found.append([mixed_BHSC, value, hidden_BSD.grad, weight_RD.grad])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+def test_rotary_heads_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    angles_SC = torch.rand(LENGTH, WIDTH // 2, dtype=torch.float64).repeat(1, 2)
+    rotary = Rotary.of(angles_SC, HEADS, KV_HEADS)
+    size = (HEADS + 2 * KV_HEADS) * WIDTH
+    heads = HEADS, KV_HEADS, KV_HEADS
+    weights = [drawn(ROWS, n, LENGTH, WIDTH) for n in heads]
+    joint = drawn(ROWS, LENGTH, size)
+    found = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(fused, "_worthwhile", lambda _: False)
+        hidden = joint.clone().requires_grad_()
+        eye = torch.eye(size, dtype=torch.float64)
+        outs = list(rotary_heads(hidden, eye, rotary, heads=HEADS, kv_heads=KV_HEADS))
+        if not plain:  # elements of queries and keys back in their places
+            place_C = rotary.order_R[:WIDTH].argsort()
+            outs = [outs[0][..., place_C], outs[1][..., place_C], outs[2]]
+        sum((out * w).sum() for out, w in zip(outs, weights, strict=True)).backward()  # type: ignore[union-attr]
+        found.append([*outs, hidden.grad])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(*found, strict=True))
 
 
 @torch.no_grad()

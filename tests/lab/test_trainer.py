@@ -318,6 +318,22 @@ def test_metrics_show_how_it_came_to_nan(configure: Configure, tmp_path: Path) -
     assert RunFolder(tmp_path).metrics()["step"].to_pylist()[0] == 1
 
 
+def test_a_long_evaluation_says_how_far_it_is_where_progress_is_asked_for(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("equipoise.lab.run.EVERY", -1.0)
+    said: dict[str, list[str]] = {"quiet": [], "shown": []}
+    train(configure(trace=False), tmp_path / "quiet", say=said["quiet"].append)
+    train(
+        configure(trace=False),
+        tmp_path / "shown",
+        say=said["shown"].append,
+        progress=lambda _: None,
+    )
+    assert not any("passes" in line for line in said["quiet"])
+    assert any(line.startswith("Evaluated 1 of ") for line in said["shown"])
+
+
 def test_text_that_is_read_more_than_once_is_told(configure: Configure, tmp_path: Path) -> None:
     said: list[str] = []
     train(configure(trace=False), tmp_path / "once", say=said.append)
@@ -408,8 +424,9 @@ def test_a_file_in_the_folder_s_place_is_refused_before_text_is_read(
         ({"model__router": "hash", "balance": "switch"}, ["hash", "switch"]),
         ({"model__router": "soft", "balance": "sign"}, ["soft", "sign"]),
         ({"expert_parallel": True}, ["expert_parallel=true", "one"]),
+        ({"parallel": "fsdp2"}, ["parallel=fsdp2", "one"]),
     ],
-    ids=["hash and loss", "soft and bias", "experts over one process"],
+    ids=["hash and loss", "soft and bias", "experts over one process", "weights over one process"],
 )
 def test_what_does_not_go_together_is_refused_before_the_folder_is_touched(
     configure: Configure, tmp_path: Path, values: dict[str, Any], named: list[str]

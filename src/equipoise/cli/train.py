@@ -161,11 +161,12 @@ def _train(
         update = stack.enter_context(progress("steps", quiet=quiet, bar_width=5))
 
         def show(now: Any) -> None:
-            if update is not None:
-                update(now.step, now.steps, _note(now), now.seconds_left)
+            assert update is not None
+            update(now.step, now.steps, _note(now), now.seconds_left)
 
         new = force or not RunFolder(path).finished
-        result = train(config, path, force=force, sinks=sinks, progress=show, say=tell)
+        shown = None if update is None else show
+        result = train(config, path, force=force, sinks=sinks, progress=shown, say=tell)
     if _first():
         _report(path, result, json, new=new)
 

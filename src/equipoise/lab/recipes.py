@@ -98,10 +98,10 @@ def recipe(name: str, values: Mapping[str, Any] | None = None) -> Config:
         raise EquipoiseError(
             f"No recipe {name!r}: there are {', '.join(RECIPES)}.{nearest(name, RECIPES)}"
         )
-    config = RECIPES[name]().change(values or {})
-    if "data.source" in (values or {}) and "data.domains" not in (values or {}):
-        return reading(config, config.data.source)
-    return config
+    values = values or {}
+    config = RECIPES[name]().change(values)
+    brings = "data.source" in values and "data.domains" not in values
+    return reading(config, config.data.source) if brings else config
 
 
 def reading(config: Config, source: str) -> Config:

@@ -261,7 +261,7 @@ class Run:
         def told(done: int, total: int) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last > EVERY and done < total:
+            if self.journal.progress is not None and now - last > EVERY and done < total:
                 last = now
                 left = (now - begin) / done * (total - done)
                 self.say(f"Evaluated {done:,} of {total:,} passes, {left:,.0f} s left.")

@@ -129,7 +129,7 @@ def _conditions(ends: dict[str, float]) -> str:
     for name, share in ends.items():
         if name != PLAIN:
             ratio = share / max(ends[PLAIN], 0.01)
-            kind = "more" if ratio > 1.25 else "fewer" if ratio < 0.8 else "about as many"
+            kind = "more" if ratio > 1.25 else "fewer" if ratio < 0.75 else "about as many"
             kinds[kind].append(name)
     told = ". ".join(
         f"{kind.capitalize()}: {'; '.join(names)}" for kind, names in kinds.items() if names

@@ -208,8 +208,12 @@ def findings(groups: Groups) -> list[str]:
                 continue
             load = float(np.mean([r.final.max_vio for r in runs]))
             told.append(f"{name} (MaxVio {load:.2f}): {verdict(differences)}")
-            if name not in LINE:
-                told[-1] += f"; at equal MaxVio: {told_at_equal_load(runs, methods)}"
+            if name in LINE:
+                continue
+            told[-1] += f"; at equal MaxVio: {told_at_equal_load(runs, methods)}"
+            strongest = paired(runs, methods.get(LINE[2], ()))
+            if len(strongest) >= SEEDS:
+                told[-1] += f"; loss against {LINE[2]}: {verdict(strongest)}"
         if told:
             load = float(np.mean([r.final.max_vio for r in reference]))
             found.append(
