@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from equipoise.lab.experiments import frontier, paired, recipe
+from equipoise.lab.results import mean_interval
 
 NOISE = (0.004, -0.003, 0.001, -0.004, 0.002)
 
 
-def runs(loss: float, load: float, seeds: range = range(5)) -> list[Any]:
+def runs(loss: float, load: float, seeds: Sequence[int] = range(5)) -> list[Any]:
     """Runs whose seeds share most of their noise, as paired ones do, each with a little of its own."""
     own = np.random.default_rng(round(1000 * loss + 100 * load)).normal(size=(5, 2))
     return [
@@ -51,15 +53,30 @@ def test_of_another_load_than_all_switch_losses_only_that_is_said(load: float, w
 
 
 def test_at_equal_load_takes_the_seeds_that_can_be_compared_and_says_how_many() -> None:
-    methods = {WEAK: runs(3.9, 1.0, range(1, 5)), MIDDLE: runs(4.0, 0.25, range(4))}
-    mine = runs(3.93, 0.5)
+    methods = {WEAK: runs(3.9, 1.0), MIDDLE: runs(4.0, 0.25)}
+    inside, above, below = runs(3.93, 0.5, range(3)), runs(3.93, 0.1, [3]), runs(3.93, 5.0, [4])
+    mine = inside + above + below
     assert len(paired.at_equal_load(mine, methods)) == 3
-    assert paired.told_at_equal_load(mine, methods).endswith(" (3 of 5)")
-    assert paired.at_equal_load(mine, {WEAK: methods[WEAK]}) == []
-    methods[STRONG] = runs(4.1, 0.125)  # seed 0 still has nothing less even than 0.25
-    assert paired.told_at_equal_load(mine, methods).endswith(" (4 of 5)")
-    methods[WEAK] = runs(3.9, 1.0)
-    assert "of" not in paired.told_at_equal_load(mine, methods)
+    mean, half = mean_interval(paired.at_equal_load(inside, methods))
+    assert paired.told_at_equal_load(mine, methods) == (
+        f"{mean:+.3f} ± {half:.3f} (3 of 5, 1 more even than all, 1 less even than all)"
+    )
+    assert paired.told_at_equal_load(inside, methods).startswith(f"{mean:+.3f} ± {half:.3f}, lower")
+    # Two seeds picked by their outcome make no interval, and none no mean.
+    assert "±" not in paired.told_at_equal_load(inside[:2] + above, methods)
+    assert paired.told_at_equal_load(above + below, methods) == (
+        "1 more even than all, 1 less even than all"
+    )
+
+
+def test_at_equal_load_all_seeds_of_a_method_have_the_same_line() -> None:
+    methods = {WEAK: runs(3.9, 1.0), MIDDLE: runs(4.0, 0.25)}
+    mine = runs(3.93, 0.1)
+    # A stronger loss that one seed has would make that seed the only one compared.
+    more = {**methods, STRONG: runs(4.1, 0.05, [0])}
+    assert paired.told_at_equal_load(mine, more) == "more even than all"
+    assert paired.told_at_equal_load(mine[:1], more).startswith("-0.1")
+    assert paired.told_at_equal_load(mine, {**methods, MIDDLE: methods[MIDDLE][1:]}) == "–"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +116,12 @@ def test_a_candidate_is_placed_to_the_frontier(loss: float, load: float, place: 
     assert recipe._place(runs(loss, load), leaders) == place
 
 
+@pytest.mark.parametrize(("loss", "load", "alone"), [(3.88, 0.50, True), (3.95, 0.30, False)])
+def test_behind_by_max_vio_alone_is_said(loss: float, load: float, alone: bool) -> None:
+    leaders = {name: runs(*at) for name, at in LEADERS.items()}
+    assert recipe._by_load_alone(runs(loss, load), leaders) is alone
+
+
 def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
     leaders = {
         "switch 0.01": runs(3.9, 1.2),
@@ -122,7 +145,7 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "Beyond it: sign, decaying.",
     ]
     alike = recipe.verdicts({"16 experts": {**methods, "sign, decaying": runs(3.86, 0.2)}})
-    assert "Beyond it: none, so that no combination" in alike[1]
+    assert "Beyond it: none, so that none of them" in alike[1]
     assert found[2].startswith(
         "sign, decaying. 16 experts: beyond the frontier (against switch 0.01"
     )

@@ -131,6 +131,11 @@ def spread(half: float, digits: int = 3) -> str:
     return "" if half != half else f" ± {half:.{digits}f}"
 
 
+def signed(value: float, digits: int = 3) -> str:
+    """Of a difference; +0.000 for all that rounds to it."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def number(value: float, digits: int = 2) -> str:
     """For a table; a dash for what is not there."""
     return "–" if value != value else f"{value:.{digits}f}"

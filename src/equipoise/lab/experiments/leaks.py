@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from equipoise.lab import figures
-from equipoise.lab.experiments.base import Page, average, number
+from equipoise.lab.experiments.base import Page, average, number, signed
 from equipoise.lab.leak import Leak
 from equipoise.lab.results import Result, mean_interval
 from equipoise.lab.terms import one
@@ -115,11 +115,6 @@ def _row(
 
 def _said(found: tuple[float, float]) -> str:
     return f"{signed(found[0])} ± {found[1]:.3f}"
-
-
-def signed(value: float) -> str:
-    """Of a difference, three digits; +0.000 for all that rounds to it."""
-    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def _findings(runs: Runs) -> list[str]:

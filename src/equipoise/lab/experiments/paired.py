@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from equipoise.lab.experiments.base import Results
+from equipoise.lab.experiments.base import Results, signed, spread
 from equipoise.lab.results import Result, equivalence, mean_interval
 
 MARGIN = 0.02
 """Losses (nats per token) nearer than this count as equal; fixed before the runs."""
 SEEDS = 5
 """Of the leaders, at least."""
+FEWEST = 3
+"""Seeds that an interval of some of a method's seeds takes."""
 LINE = ("switch 0.01", "switch 0.1", "switch 1", "switch 10")
-"""One loss over its strength: what others are compared with at equal MaxVio, in seeds that have it."""
+"""One loss over its strength: what others are compared with at equal MaxVio."""
 REFERENCE, STRONG = LINE[:2]
 Groups = Mapping[str, Mapping[str, Sequence[Result]]]
 """Runs by group, as `16 experts`, and method."""
@@ -29,10 +31,12 @@ def grouped(results: Results) -> dict[str, dict[str, list[Result]]]:
     return found
 
 
-def paired(runs: Sequence[Result], reference: Sequence[Result]) -> list[float]:
-    """Loss less the reference's, of the seeds that both have."""
-    theirs = {run.seed: run.final.loss for run in reference}
-    return [run.final.loss - theirs[run.seed] for run in runs if run.seed in theirs]
+def paired(
+    runs: Sequence[Result], reference: Sequence[Result], measure: str = "loss"
+) -> list[float]:
+    """A measure of the evaluation less the reference's, of the seeds that both have."""
+    theirs = {run.seed: getattr(run.final, measure) for run in reference}
+    return [getattr(r.final, measure) - theirs[r.seed] for r in runs if r.seed in theirs]
 
 
 def at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> list[float]:
@@ -41,8 +45,7 @@ def at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]
     Straight lines in ln MaxVio between the strengths of one seed, from the least even to the most.
     """
     found = []
-    for run in runs:
-        loads, losses = _line(run.seed, methods)
+    for run, (loads, losses) in zip(runs, _lines(runs, methods), strict=True):
         if len(loads) > 1 and loads[0] <= run.final.max_vio <= loads[-1]:
             loss = np.interp(np.log(run.final.max_vio), np.log(loads), losses)
             found.append(run.final.loss - float(loss))
@@ -50,30 +53,49 @@ def at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]
 
 
 def told_at_equal_load(runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]) -> str:
-    """The verdict at equal MaxVio; where not all seeds' MaxVio is one that the losses reach, of how many.
+    """The verdict at equal MaxVio; of the seeds that the losses reach, and what the others are.
 
-    Where it is none: whether each run is more even than all Switch losses of its seed, or less.
+    Those of only some seeds were picked by their outcome: a mean, and no word on it.
     """
     found = at_equal_load(runs, methods)
-    if found:
-        return verdict(found) + (
-            "" if len(found) == len(runs) else f" ({len(found)} of {len(runs)})"
-        )
-    beside = [(run.final.max_vio, _line(run.seed, methods)[0]) for run in runs]
-    if not all(len(loads) > 1 for _, loads in beside):
+    if len(found) == len(runs):
+        return verdict(found)
+    beside = [
+        (run.final.max_vio, loads)
+        for run, (loads, _) in zip(runs, _lines(runs, methods), strict=True)
+    ]
+    if any(len(loads) < 2 for _, loads in beside):
         return "–"
-    if all(load < loads[0] for load, loads in beside):
-        return "more even than all"
-    return "less even than all" if all(load > loads[-1] for load, loads in beside) else "–"
+    above = sum(load < loads[0] for load, loads in beside)
+    below = sum(load > loads[-1] for load, loads in beside)
+    others = [f"{n} {kind}" for n, kind in ((above, MORE_EVEN), (below, LESS_EVEN)) if n]
+    if not found:
+        return others[0].partition(" ")[2] if len(others) == 1 else ", ".join(others)
+    told = difference(found if len(found) >= FEWEST else [float(np.mean(found))])
+    return f"{told} ({len(found)} of {len(runs)}, {', '.join(others)})"
 
 
-def _line(
-    seed: int, methods: Mapping[str, Sequence[Result]]
-) -> tuple[Sequence[float], Sequence[float]]:
-    """MaxVio and loss of a seed's Switch losses, the most even first."""
-    ends = [run.final for name in LINE for run in methods.get(name, ()) if run.seed == seed]
-    line = sorted((end.max_vio, end.loss) for end in ends)
-    return [load for load, _ in line], [loss for _, loss in line]
+MORE_EVEN, LESS_EVEN = "more even than all", "less even than all"
+
+
+def _lines(
+    runs: Sequence[Result], methods: Mapping[str, Sequence[Result]]
+) -> list[tuple[list[float], list[float]]]:
+    """MaxVio and loss of the Switch losses of each run's seed, the most even first.
+
+    Of the strengths that all these seeds have: a seed with one more would be compared with another line.
+    """
+    seeds = {run.seed for run in runs}
+    strengths = [{r.seed: r.final for r in methods.get(name, ())} for name in LINE]
+    ends = [[s[run.seed] for s in strengths if seeds <= s.keys()] for run in runs]
+    sorted_ends = [sorted((end.max_vio, end.loss) for end in line) for line in ends]
+    return [([load for load, _ in line], [loss for _, loss in line]) for line in sorted_ends]
+
+
+def difference(values: Sequence[float], digits: int = 3) -> str:
+    """A mean with its sign and its interval, where there are several."""
+    mean, half = mean_interval(values)
+    return signed(mean, digits) + spread(half, digits)
 
 
 def verdict(differences: Sequence[float]) -> str:
@@ -81,9 +103,7 @@ def verdict(differences: Sequence[float]) -> str:
     if not differences:
         return "–"
     mean, half = mean_interval(differences)
-    if half != half:
-        return f"{mean:+.3f}"
-    words = [f"{mean:+.3f} ± {half:.3f}"]
+    words = [difference(differences)]
     if abs(mean) > half:
         words.append("higher" if mean > 0 else "lower")
     if equivalence(differences, MARGIN) < 0.05:

@@ -19,6 +19,7 @@ from equipoise.lab.experiments.base import (
     first_seed,
     number,
     seeded,
+    signed,
     spread,
 )
 from equipoise.lab.experiments.collapse import STARVED, SWITCH, WINDOW
@@ -169,7 +170,7 @@ def _row(page: Page, name: str, runs: Sequence[Result], ranked: Results) -> tupl
     return (
         name,
         average([r.final.loss for r in runs], 3),
-        "–" if name == PLAIN or np.isnan(more) else f"{leaks.signed(more)}{spread(more_half)}",
+        "–" if name == PLAIN or np.isnan(more) else f"{signed(more)}{spread(more_half)}",
         f"{average([r.final.max_vio for r in runs])} ({number(floor, 3)})",
         "–" if np.isnan(low) else f"{100 * low:.0f} %",
         "–" if np.isnan(dropped) else f"{100 * dropped:.1f} %",
@@ -207,14 +208,14 @@ def _findings(ranked: Results) -> list[str]:
     limits = (vio[BALANCED], half, 0.9 * vio[PLAIN], 1.1 * vio[PLAIN], float("inf"))
     told = (
         "as even as with the Switch loss or more",
-        f"less even than that, up to {half:.2f}, half of MaxVio without balancing",
-        f"above {half:.2f}, more even than without balancing by more than a tenth",
+        f"less even than that, up to {half:.2f}",
+        f"above {half:.2f}, but more even than without balancing by more than a tenth",
         "within a tenth of MaxVio without balancing",
         "less even than without balancing by more than a tenth",
     )
     found = [f"MaxVio_global, of selections before any capacity and with experts that a life cycle has "
-             f"taken out, is {vio[PLAIN]:.2f} without balancing, {vio[BALANCED]:.2f} with the Switch "
-             "loss."]  # fmt: skip
+             f"taken out, is {vio[PLAIN]:.2f} without balancing (half of it: {half:.2f}), "
+             f"{vio[BALANCED]:.2f} with the Switch loss."]  # fmt: skip
     below = -1.0
     for limit, words in zip(limits, told, strict=True):
         names = [f"{n} ({vio[n]:.2f})" for n in others if below < vio[n] <= limit]
