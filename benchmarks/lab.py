@@ -79,7 +79,7 @@ def corpus(config: Config, folder: Path) -> Corpus:
     for name in config.data.domains:
         np.save(folder / f"{name}.npy", rng.integers(0, 1024, 3_000_000, dtype=np.uint16))
         stream = np.load(folder / f"{name}.npy", mmap_mode="r")
-        domains.append(Domain(name, stream, stream[:1000], 3000))
+        domains.append(Domain(name, stream, stream[:1000]))
     return Corpus(tuple(domains), folder, "random")
 
 

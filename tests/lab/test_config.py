@@ -66,7 +66,9 @@ def test_recipes_derive_from_one_another() -> None:
         ({"model.tied": "yes"}, ["model.tied='yes' is not true or false"]),
         ({"optimizer.lr": "nan"}, ["optimizer.lr=nan", "above 0"]),
         ({"optimizer.beta2": 1}, ["optimizer.beta2=1.0", "below 1"]),
-        ({"seed": -1}, ["seed=-1", "0 or more"]),
+        ({"seed": -1}, ["seed=-1", "from 0 to below 2^63"]),
+        ({"seed": "1e20"}, ["seed=100000000000000000000", "from 0 to below 2^63"]),
+        ({"threads": 100_000}, ["threads=100000", "from 1 to 1024"]),
         ({"optimizer.name": "adam"}, ["'adam'", "adamw, muon", "Did you mean 'adamw'?"]),
         ({"model.top_k": 17}, ["model.top_k=17", "model.experts=16"]),
         ({"model.heads": 3}, ["model.heads=3", "model.hidden_size=128"]),
@@ -134,6 +136,19 @@ def test_recipes_derive_from_one_another() -> None:
         ({"balance": "sign + quantile"}, ["balance='sign + quantile'", "2 biases"]),
         ({"balance": "switch(1)"}, ["'switch(1)' is not understood", "switch(scope=global"]),
         ({"balance": "switch + "}, ["is not understood"]),
+        ({"balance": "sign(rate={[]: 1})"}, ["is not understood"]),
+        ({"balance": "sign(rate=0.1, rate=0.2)"}, ["gives rate= to sign twice"]),
+        ({"balance": "lifecycle(reserve=x)"}, ["lifecycle(reserve=x)", "it takes reserve as"]),
+        (
+            {"model.router": "softmax(jitter=lots)"},
+            ["softmax(jitter=lots)", "takes jitter as float"],
+        ),
+        ({"model.capacity": "capacity(factor=big)"}, ["factor=big", "it takes factor as float"]),
+        (
+            {"model.router": "sigmoid(selection=group_limited)"},
+            ["group_limited", "it needs groups and limit"],
+        ),
+        ({"model.router": "none"}, ["model.router='none' names 0 things"]),
         ({"balance": "open('/etc/passwd')"}, ["is not understood"]),
     ],
     ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
@@ -152,6 +167,12 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         EquipoiseError, match=r"No recipe 'smal': there are .* Did you mean 'small'"
     ):
         recipe("smal")
+
+
+@pytest.mark.parametrize("value", ["9007199254740993", 9007199254740993])
+def test_a_whole_number_is_read_to_its_last_digit(value: str | int) -> None:
+    assert Config().change({"seed": value}).seed == 9007199254740993
+    assert Config().change({"tokens": "2e6"}).tokens == 2_000_000
 
 
 def test_terms_are_read_as_written() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from equipoise.errors import EquipoiseError
-from equipoise.lab import Config, pages
+from equipoise.lab import Config, load_corpus, pages
 from equipoise.lab.experiments import EXPERIMENTS
 from equipoise.lab.experiments.base import Experiment, seeded
 from equipoise.lab.grid import Grid, missing
@@ -99,8 +99,22 @@ from equipoise.lab import Config
 from equipoise.lab.grid import Grid
 
 if __name__ == "__main__":
-    Grid([Config.from_json(Path(sys.argv[1]).read_text())], Path(sys.argv[2]), 1).run()
+    pool, *configs = map(Path, sys.argv[1:])
+    configs = [Config.from_json(path.read_text()) for path in configs]
+    Grid(configs, pool, len(configs), lambda text: print(text, flush=True)).run()
 """
+
+
+def start_grid(folder: Path, pool: Path, *configs: Config) -> subprocess.Popen[str]:
+    """A process of its own, whose pipe its runs hold, too."""
+    (folder / "grid.py").write_text(GRID)
+    paths = [folder / f"config-{number}.json" for number, _ in enumerate(configs)]
+    for path, config in zip(paths, configs, strict=True):
+        path.write_text(config.to_json())
+    return subprocess.Popen(
+        [sys.executable, "grid.py", str(pool), *map(str, paths)], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -110,13 +124,8 @@ def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
 ) -> None:
     """Killed, it leaves a run behind that sees it, saves and stops."""
     config = configure(tokens=8 * 16 * 300, balance="sign(rate=0.01)", checkpoint_seconds=0)
-    (tmp_path / "config.json").write_text(config.to_json())
-    (tmp_path / "grid.py").write_text(GRID)
     pool = tmp_path / "stopped"
-    command = [sys.executable, "grid.py", "config.json", str(pool)]
-    stopped = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
-    )
+    stopped = start_grid(tmp_path, pool, config)
     while not list(pool.glob("*/checkpoint-*")) and stopped.poll() is None:
         time.sleep(0.02)
     stopped.send_signal(number)
@@ -124,13 +133,47 @@ def test_a_stopped_grid_goes_on_to_the_run_of_an_unbroken_one(
     assert missing([config], pool) == [config]
     assert len(list(pool.glob("*/checkpoint-*.pt"))) == 1
     assert said.count("Traceback") <= 1  # of the script itself, none of its run
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    again = start_grid(tmp_path, pool, config)
+    again.communicate(timeout=300)
+    assert again.returncode == 0
     train(config, folder_of(tmp_path / "whole", config), save=False)
     found, whole = (Result.find(p, config) for p in (pool, tmp_path / "whole"))
     assert found is not None
     assert whole is not None
     assert (found.counts == whole.counts).all()
     assert (found.column("loss") == whole.column("loss")).all()
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_told_twice_leaves_no_run_behind(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    long = configure(tokens=8 * 16 * 100_000, checkpoint_seconds=0, trace=False)
+    configs = [long.change({"name": f"run {seed}", "seed": seed}) for seed in (0, 1)]
+    pool = tmp_path / "pool"
+    grid = start_grid(tmp_path, pool, *configs)
+    while len(list(pool.glob("*/checkpoint-*.pt"))) < 2 and grid.poll() is None:
+        time.sleep(0.02)
+    grid.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    grid.send_signal(signal.SIGINT)
+    grid.communicate(timeout=60)  # ends when its runs do
+    assert missing(configs, pool) == configs
+
+
+@pytest.mark.slow
+def test_a_run_whose_grid_is_killed_before_it_begins_does_not_begin(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure(trace=False)
+    load_corpus(config.data)
+    grid = start_grid(tmp_path, tmp_path / "pool", config)
+    assert grid.stdout is not None
+    while "begins" not in (line := grid.stdout.readline()):
+        assert line, "the grid ended"
+    grid.kill()  # while its run imports torch
+    grid.communicate(timeout=60)
+    assert not (tmp_path / "pool").exists()
 
 
 @pytest.mark.slow
@@ -216,6 +259,22 @@ def test_finished_runs_of_another_text_are_refused(
     Grid([config], tmp_path / "runs", 1).run()
     gone = config.change({"data.source": str(tmp_path / "gone")})
     Grid([gone], tmp_path / "runs", 1).run()  # nothing to run, no text to compare
+    named = config.change({"data.source": "owner/other_text"})
+    with pytest.raises(EquipoiseError, match="another text than owner/other_text holds"):
+        Grid([named], tmp_path / "runs", 1).run()
+
+
+def test_what_an_experiment_does_not_take_is_refused_before_any_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equipoise.cli.lab import lab
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("an experiment runs")
+
+    monkeypatch.setattr(pages, "run_experiment", never)
+    with pytest.raises(EquipoiseError, match="'cost' trains nothing: leave out --seeds"):
+        lab(["collapse", "cost"], seeds=5, out=tmp_path)
 
 
 def test_equal_configs_run_once(tmp_path: Path, configure: Callable[..., Config]) -> None:

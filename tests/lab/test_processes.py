@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import equipoise
 from equipoise.lab import Config, load, train
+from equipoise.lab.config import flat
 from equipoise.lab.folder import RunFolder
 from tests.lab.made_up import SMALL
 
@@ -31,6 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bfloat16"},
     "bfloat16_fsdp2": {"precision": "bfloat16", "parallel": "fsdp2"},
 }
+
+
+PLACES = ("data.source", "data.cache")
 
 
 def config_of(text: Path, **values: Any) -> Config:
@@ -159,6 +164,27 @@ def test_stopped_and_resumed_two_processes_end_with_the_same_weights(
 def test_what_goes_wrong_in_one_process_is_told_by_both(folder: Path, case: str, said: str) -> None:
     for text in found(folder, case):
         assert said in text
+
+
+def test_accelerate_s_launcher_that_starts_one_for_several_is_refused(
+    tmp_path: Path, text: Path
+) -> None:
+    """On a CPU it does, without a word."""
+    settings = [
+        f"--set={k}={v}" for k, v in flat(asdict(config_of(text))) if k in (*SMALL, *PLACES)
+    ]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    ran = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "equipoise",
+         "train", "tiny", *settings, "--out", str(tmp_path / "run")],
+        env={name: value for name, value in os.environ.items() if name not in names},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert "asked for several processes and started one" in ran.stderr
+    assert "torchrun --nproc-per-node" in ran.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_number_of_processes_is_refused(folder: Path, text: Path) -> None:

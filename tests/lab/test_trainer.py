@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from equipoise.balance import Loss
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load, train
 from equipoise.lab.corpus import load_corpus
@@ -19,7 +23,7 @@ from equipoise.lab.evaluate import evaluate
 from equipoise.lab.experiments import frontier
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.routers import BLOCKS
-from equipoise.lab.trainer import Progress
+from equipoise.lab.trainer import Progress, Run
 from equipoise.lab.weights import OUTSIDE, rebuilt
 from equipoise.lock import HeldError
 
@@ -251,19 +255,17 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         "checkpoint": (torch, "save"),
         "metrics": (pyarrow.parquet, "write_table"),
         "weights": (safetensors.torch, "save_file"),
-        "result": (RunFolder, "remove_checkpoints"),
     }
     config = configure(trace=False)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "a", progress=stopped_at(2))
     with monkeypatch.context() as patch:
-        place, name = places[what]
         if what == "result":
             written = RunFolder.write
-            place, name = RunFolder, "write"
-            patch.setattr(place, name, lambda s, n, v: _full_at_result(written, s, n, v, tmp_path))
+            fill = partial(_full_at_result, written, at=tmp_path)
+            patch.setattr(RunFolder, "write", lambda folder, n, v: fill(folder, n, v))
         else:
-            patch.setattr(place, name, full)
+            patch.setattr(*places[what], full)
         with pytest.raises(EquipoiseError, match=r"cannot be written .*make room and run the same"):
             train(config, tmp_path / "a")
     assert RunFolder(tmp_path / "a").load_checkpoint()["step"] in (2, 6)
@@ -318,6 +320,57 @@ def test_metrics_show_how_it_came_to_nan(configure: Configure, tmp_path: Path) -
     assert RunFolder(tmp_path).metrics()["step"].to_pylist()[0] == 1
 
 
+def test_evaluations_before_nan_are_kept(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(evaluate_every=1, trace=False)
+    before = Run._backward
+
+    def poisoned(run: Run, *batch: Any, last: bool) -> Any:
+        return before(run, *batch, last=last) + (math.nan if run.step == 4 else 0)
+
+    monkeypatch.setattr(Run, "_backward", poisoned)
+    with pytest.raises(EquipoiseError, match="step 5: the loss is nan"):
+        train(config, tmp_path)
+    assert [e["step"] for e in RunFolder(tmp_path).read("evaluations.json")] == [1, 2, 3, 4]
+
+
+def test_what_cannot_be_measured_is_null_on_disk_and_nan_in_python(
+    configure: Configure, tmp_path: Path
+) -> None:
+    def refused(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    config = configure(model__router="soft", trace=False)
+    for result in (train(config, tmp_path), train(config, tmp_path)):
+        assert math.isnan(result["max_vio"])
+        assert math.isfinite(result["loss"])
+    for file in tmp_path.glob("*.json"):
+        json.loads(file.read_text(), parse_constant=refused)
+
+
+def test_what_recommended_stood_for_is_kept_and_another_is_refused(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(balance="recommended", model__router="sigmoid", trace=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, progress=stopped_at(2))
+    (term,) = RunFolder(tmp_path).read("environment.json")["recommended"]
+    assert term.startswith("Bias(controller=Quantile(")
+    with monkeypatch.context() as patch:
+        patch.setattr("equipoise.balance.recommended", lambda _: (Loss("switch", weight=0.5),))
+        with pytest.raises(EquipoiseError, match=r"stood for Bias\(.* stands for Loss\('switch'"):
+            train(config, tmp_path)
+    train(config, tmp_path)
+
+
+def test_a_first_signal_says_that_it_was_heard(configure: Configure, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(), tmp_path, say=said.append, progress=stopped_at(2))
+    assert sum("Stopping when this step is made" in line for line in said) == 1
+
+
 def test_a_long_evaluation_says_how_far_it_is_where_progress_is_asked_for(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +400,7 @@ def test_text_that_is_read_more_than_once_is_told(configure: Configure, tmp_path
     assert f"{corpus.names[0]} {1200 * 8 / 3 / rows:.1f} times" in told
 
 
-def _full_at_result(written: Any, folder: Any, name: str, values: Any, at: Path) -> None:
+def _full_at_result(written: Any, folder: Any, name: str, values: Any, *, at: Path) -> None:
     from equipoise.lab.saving import saving
 
     with saving(at / "a" / "result.tmp"):
@@ -402,6 +455,48 @@ def test_force_begins_anew_and_leaves_what_is_no_run_alone(
         with pytest.raises(EquipoiseError, match="no run's folder"):
             train(configure(), precious, force=force)
     assert (precious / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_s_folder_is_no_run_s_for_all_its_config(
+    configure: Configure, tmp_path: Path, *, force: bool
+) -> None:
+    config = configure(trace=False)
+    train(config, tmp_path / "a")
+    model = tmp_path / "a" / "model"
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    assert {"config.json", "model.safetensors"} <= before.keys()
+    with pytest.raises(EquipoiseError, match="is not empty and is no run's folder"):
+        train(config, model, force=force)
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_force_removes_the_run_and_nothing_else(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
+    train(configure(evaluate_every=3), run)
+    elsewhere.mkdir()
+    for folder in (run, elsewhere):
+        (folder / "thesis.txt").write_text("years")
+    (run / "tensorboard").symlink_to(elsewhere)
+    with (
+        monkeypatch.context() as patch
+    ):  # stopped in the middle of it, it is still known for a run's
+
+        def stop(_: Path) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("equipoise.lab.folder.shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(configure(seed=1), run, force=True)
+    assert not (run / "result.json").exists()
+    train(configure(seed=1, trace=False), run, force=True, save=False)
+    assert {file.name for file in run.iterdir()} == {
+        "config.json", "environment.json", "metrics.parquet", "evaluations.json", "result.json",
+        "thesis.txt",
+    }  # fmt: skip
+    assert (elsewhere / "thesis.txt").read_text() == "years"
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -63,7 +63,7 @@ def load_text(
     root = Path(data).expanduser()
     seen: Counter[str] = Counter()
     documents = []
-    for domain, path, prefix in _sources(root):
+    for domain, path, prefix in sources(root):
         if limit is not None and path.suffix != ".jsonl" and seen[domain] >= limit:
             continue
         for document in _read(path, domain, prefix, field, domain_field):
@@ -73,8 +73,11 @@ def load_text(
     return documents
 
 
-def _sources(root: Path) -> Iterator[tuple[str, Path, str]]:
-    """Domain, file, and what the names of its documents begin with."""
+def sources(root: Path) -> Iterator[tuple[str, Path, str]]:
+    """Domain, file, and what the names of its documents begin with: all that `load_text` reads.
+
+    A line of a JSONL file may name another domain than that of its file.
+    """
     if root.is_file():
         yield root.stem, root, root.name
         return

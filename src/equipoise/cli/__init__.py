@@ -86,7 +86,9 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # the parser takes it for Ctrl-D
+            _fail("a file ends too early (run again with --debug for the traceback)", 2)
         _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe left, which is its right

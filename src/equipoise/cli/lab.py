@@ -50,10 +50,10 @@ def lab(
         for line in overview(out, tier=tier, seeds=seeds):
             print(line)
         return
-    from equipoise.lab.pages import find, run_experiment
+    from equipoise.lab.pages import check, run_experiment
 
     for experiment in experiments:
-        find(experiment)
+        check(experiment, tier=tier, seeds=seeds, workers=workers, data=data, redraw=redraw)
     for experiment in experiments:
         page = run_experiment(
             experiment,

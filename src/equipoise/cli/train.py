@@ -149,13 +149,12 @@ def _train(
     path = out or Path("runs") / str(recipe)
     logging_to = loggers(path, config, tensorboard=tensorboard, wandb=wandb, first=_first())
     tell: Callable[[str], None] = say if _first() else _silent
-    from transformers.utils import logging
-
     from equipoise.lab.folder import RunFolder
     from equipoise.lab.trainer import train
 
-    logging.disable_progress_bar()
-    tell(f"Training {config.name}: {config.steps:,} steps of {config.step_tokens:,} tokens.")
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    on = f" on {count} processes" if count > 1 else ""
+    tell(f"Training {config.name}{on}: {config.steps:,} steps of {config.step_tokens:,} tokens.")
     with _stopped(path, tell), ExitStack() as stack:
         sinks = [stack.enter_context(logger) for logger in logging_to]
         update = stack.enter_context(progress("steps", quiet=quiet, bar_width=5))
@@ -217,11 +216,11 @@ def _stopped(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
 
 def _report(path: Path, result: Mapping[str, Any], json: bool, *, new: bool) -> None:
     from equipoise.lab.evaluate import Evaluation
-    from equipoise.lab.folder import RunFolder
+    from equipoise.lab.folder import RunFolder, without_nan
 
     last = RunFolder(path).read("evaluations.json")[-1]
     if json:
-        print_json(_without_nan({**result, "evaluation": last}))
+        print_json(without_nan({**result, "evaluation": last}))
     else:
         _table(result, Evaluation.from_dict(last))
     saved = result["saved"] or {}
@@ -258,12 +257,3 @@ def _table(result: Mapping[str, Any], last: Evaluation) -> None:
         f"Trained on {result['tokens']:,} tokens in {result['seconds']:,.0f} s; "
         f"{result['parameters']['total']:,} parameters, {result['parameters']['active']:,} active{chosen}."
     )
-
-
-def _without_nan(value: Any) -> Any:
-    """For strict JSON: what cannot be measured, such as a load without selections, is null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,13 +38,13 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
         "model.hidden_size model.layers model.heads model.kv_heads model.experts model.top_k "
         "model.expert_size model.dense_size model.max_positions data.vocab_size "
-        "data.held_out_tokens data.row_length data.block tokens batch_rows micro_rows threads",
+        "data.held_out_tokens data.row_length data.block tokens batch_rows micro_rows",
         "at least 1",
         lambda value: value >= 1,
     ),
     (
         "model.dense_layers model.shared_experts model.router_std optimizer.weight_decay "
-        "optimizer.clip seed evaluate_every evaluation_tokens checkpoint_seconds",
+        "optimizer.clip evaluate_every evaluation_tokens checkpoint_seconds",
         "0 or more",
         lambda value: 0 <= value < math.inf,
     ),
@@ -59,6 +59,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
     ),
+    ("seed", "from 0 to below 2^63", lambda value: 0 <= value < 2**63),
+    ("threads", "from 1 to 1024", lambda value: 1 <= value <= 1024),
     ("optimizer.beta1 optimizer.beta2", "from 0 to below 1", lambda value: 0 <= value < 1),
 )
 

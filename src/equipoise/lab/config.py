@@ -236,6 +236,25 @@ def _read(value: Any, wanted: Any, name: str) -> Any:
 _ARTICLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
+def _whole(value: Any) -> int:
+    """Exactly, however many digits; 1e6 is a whole number, too."""
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, int):
+        return value
+    try:
+        return int(value) if isinstance(value, str) else _whole_float(value)
+    except ValueError:
+        return _whole_float(value)
+
+
+def _whole_float(value: Any) -> int:
+    number = float(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
 def _as(value: Any, wanted: Any) -> Any:
     if wanted is bool:
         if isinstance(value, bool):
@@ -244,10 +263,7 @@ def _as(value: Any, wanted: Any) -> Any:
             raise ValueError
         return value == "true"
     if wanted is int:
-        number = float(value)
-        if number != int(number) or isinstance(value, bool):
-            raise ValueError
-        return int(number)
+        return _whole(value)
     if wanted is float:
         return float(value)
     if not isinstance(value, str):

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.capture.text import Document, load_text
+from equipoise.capture.text import Document, load_text, sources
 from equipoise.errors import EquipoiseError, counted, nearest
 from equipoise.lab.checks import SMALLEST_VOCABULARY
 from equipoise.lab.config import DataConfig
@@ -47,8 +47,6 @@ class Domain:
     name: str
     train: Ids
     held_out: Ids
-    held_out_bytes: int
-    """Bytes of text that `held_out` stands for."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,13 @@ class Corpus:
 
         return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
 
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each token stands for, by its id; marks stand for none."""
+        # A byte-level token has a letter for every byte.
+        found = self.tokenizer().get_vocab().items()
+        sizes = {number: 0 if token in (BEGIN, END) else len(token) for token, number in found}
+        return np.array([sizes[number] for number in range(len(sizes))])
+
 
 def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
     """The corpus of a config: from the cache, or read, tokenized and kept there.
@@ -82,16 +87,7 @@ def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
     folder = Path(config.cache) / digest
     if not (folder / "meta.json").exists():
         _prepare(config, folder, say)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    domains = tuple(
-        Domain(
-            entry["name"],
-            np.load(_file(folder, entry["name"], "train"), mmap_mode="r"),
-            np.load(_file(folder, entry["name"], "held-out"), mmap_mode="r"),
-            entry["held_out_bytes"],
-        )
-        for entry in meta["domains"]
-    )
+    domains = _read(folder)
     for domain in domains:
         if len(domain.train) <= config.row_length:
             raise EquipoiseError(
@@ -101,8 +97,29 @@ def load_corpus(config: DataConfig, say: Say = lambda _: None) -> Corpus:
     return Corpus(domains, folder, digest)
 
 
+def _read(folder: Path) -> tuple[Domain, ...]:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return tuple(
+            Domain(
+                entry["name"],
+                np.load(_file(folder, entry["name"], "train"), mmap_mode="r"),
+                np.load(_file(folder, entry["name"], "held-out"), mmap_mode="r"),
+            )
+            for entry in meta["domains"]
+        )
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise EquipoiseError(
+            f"{folder} holds tokens that cannot be read ({type(error).__name__}: {error}): remove it, "
+            "and they are made again."
+        ) from error
+
+
 def digest_of(config: DataConfig) -> str:
-    """Of the settings that tokens depend on, and of the text itself where it is in files."""
+    """Of the settings that tokens depend on, and of the text itself where it is in files.
+
+    Of those files only that are read for the domains wanted: others may come and go.
+    """
     hashed = hashlib.sha256()
     settings = {name: getattr(config, name) for name in _MEANING}
     hashed.update(json.dumps([_FORMAT, settings]).encode())
@@ -110,7 +127,9 @@ def digest_of(config: DataConfig) -> str:
     if not root.exists():
         hashed.update(config.source.encode())
         return hashed.hexdigest()[:16]
-    for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+    for domain, path, _ in sources(root):
+        if config.domains and domain not in config.domains and path.suffix.lower() != ".jsonl":
+            continue
         hashed.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
         hashed.update(hashlib.sha256(path.read_bytes()).digest())
     return hashed.hexdigest()[:16]
@@ -136,10 +155,20 @@ def _prepare(config: DataConfig, folder: Path, say: Say) -> None:
             tokenizer.save(str(unfinished / "tokenizer.json"))
             meta = {"settings": asdict(config), "domains": entries}
             (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            if not folder.exists():  # another process may have been faster
-                unfinished.rename(folder)
+            _put(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _put(unfinished: Path, folder: Path) -> None:
+    """Give a folder its name; another process may have been faster, or left half of one."""
+    if folder.exists() and not (folder / "meta.json").exists():
+        shutil.rmtree(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not (folder / "meta.json").exists():
+            raise
 
 
 def _write_domain(
@@ -150,11 +179,11 @@ def _write_domain(
     config: DataConfig,
     say: Say,
 ) -> dict[str, Any]:
-    train, held_out, size = _streams(name, documents, tokenizer, config, say)
+    train, held_out = _streams(name, documents, tokenizer, config, say)
     np.save(_file(folder, name, "train"), train)
     np.save(_file(folder, name, "held-out"), held_out)
     say(f"  {name}: {len(train):,} tokens to train on, {len(held_out):,} held out")
-    return {"name": name, "held_out_bytes": size}
+    return {"name": name}
 
 
 def _by_domain(config: DataConfig) -> dict[str, list[str]]:
@@ -218,8 +247,8 @@ def _sample(texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 def _streams(
     name: str, documents: Sequence[str], tokenizer: Tokenizer, config: DataConfig, say: Say
-) -> tuple[Ids, Ids, int]:
-    """Tokens to train on, tokens held out, and the bytes of text of the latter.
+) -> tuple[Ids, Ids]:
+    """Tokens to train on, and tokens held out.
 
     Documents are shuffled; the first ones are held out until there are enough tokens, the last of
     them cut where it is far too long for that (a book) or nothing would be left to train on; what is
@@ -254,14 +283,12 @@ def _streams(
             f"data.held_out_tokens={config.held_out_tokens:,} leaves nothing to train on. Lower "
             "it, or leave the domain out with data.domains."
         )
-    held_out = np.concatenate(held)
-    end = tokenizer.token_to_id(END)
-    size = len(tokenizer.decode(held_out[held_out != end].tolist()).encode())
-    return np.concatenate(train), held_out, size
+    return np.concatenate(train), np.concatenate(held)
 
 
 def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Ids]:
     end = tokenizer.token_to_id(END)
+    tokenizer.encode_special_tokens = True  # marks that stand in the text are text
     for start in range(0, len(texts), 64):
         for encoding in tokenizer.encode_batch_fast(list(texts[start : start + 64])):
             yield np.array([*encoding.ids, end], dtype=np.uint16)

@@ -41,7 +41,7 @@ class Evaluation:
     tokens: NDArray[np.int64]
     """Tokens predicted, [D]."""
     bytes_per_token: NDArray[np.float64]
-    """[D]; nats per token / bytes per token / ln 2 are bits per byte."""
+    """Of the tokens predicted, [D]; nats per token / bytes per token / ln 2 are bits per byte."""
     counts: NDArray[np.int64]
     """Selections of each domain, layer and expert, [D, L, E]; [D, 0, 0] where nothing is selected."""
     weight_sums: NDArray[np.float64]
@@ -150,7 +150,8 @@ def evaluate(
         leak = measure(model, corpus, row_length, leak_rows, tokens) if leak_rows else None
     finally:
         model.train(training)
-    ratios = [d.held_out_bytes / len(d.held_out) for d in corpus.domains]
+    size_V = corpus.token_bytes()
+    ratios = [float(size_V[found[:, 1:].numpy()].mean()) for found in rows]
     return Evaluation(
         corpus.names,
         losses_D.cpu().numpy() / seen_D,

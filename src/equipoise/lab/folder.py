@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | `config.json` | every setting |
-| `environment.json` | versions, commit, machine, and the digest of the tokens; `later`: others that went on |
+| `environment.json` | versions, commit, machine, the digest of the tokens; `later`: others that went on |
 | `metrics.parquet` | a row per optimizer step: loss, rate, time, gradient norm, counts [L x E] |
 | `evaluations.json` | losses and counts by domain, for each evaluation |
 | `result.json` | written last: what the run came to |
@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,6 +35,15 @@ from equipoise.lab.saving import replacing
 from equipoise.lock import Lock
 
 LOCK = "run.lock"
+OWN = (
+    "checkpoint-*", "*.tmp", "metrics.parquet", "evaluations.json", "result.json", "weights.safetensors",
+    "model", "trace", "figures", "tensorboard", "wandb", "environment.json", "config.json",
+)  # fmt: skip
+"""What `--force` removes, in this order: a folder is known for a run's by the last two."""
+SECTIONS = {"model", "data", "optimizer", "balance"}
+"""Of a run's `config.json`."""
+MEASURED = ("max_vio", "max_vio_floor", "experts_per_token")
+"""Numbers of a result that a model without selections has not."""
 LABELS = ("name", "checkpoint_seconds", "threads", "data.cache", "data.source")
 """Settings that may differ between a run and its resumption: they change no number of it, but for
 the rounding of sums under another number of threads. The text itself is compared by its digest."""
@@ -69,7 +79,7 @@ class RunFolder:
         force: a run of other settings may be there; what is no run's may not.
         """
         self._refuse_a_file()
-        if not (self.path / "config.json").exists():
+        if not self._of_a_run:
             if self.path.exists() and any(file.name != LOCK for file in self.path.iterdir()):
                 raise EquipoiseError(
                     f"{self.path} is not empty and is no run's folder; choose another with --out."
@@ -95,20 +105,33 @@ class RunFolder:
                 "choose another folder with --out, or --force to begin anew here."
             )
 
-    def begin(self, config: Config, digest: str, *, force: bool = False) -> None:
+    def _check_terms(self, terms: Sequence[str]) -> None:
+        before = self.read("environment.json").get("recommended") if self._described else None
+        if before is not None and before != list(terms):
+            raise EquipoiseError(
+                f"{self.path} was begun where balance=recommended stood for {' + '.join(before)}, and now "
+                f"it stands for {' + '.join(terms)}: choose another folder with --out, or --force to begin "
+                "anew here."
+            )
+
+    def begin(
+        self, config: Config, digest: str, *, terms: Sequence[str] = (), force: bool = False
+    ) -> None:
         """Begin in the folder held, or find that it is of this same run; EquipoiseError where not.
 
-        force: throw away the run that is there.
+        terms: what balance=recommended stands for. force: throw away the run that is there.
         """
         self.check(config, force=force)
         if force:
             self._remove()
         self._check_text(digest)
+        self._check_terms(terms)
         if not (self.path / "config.json").exists():
             write_text(self.path / "config.json", config.to_json())
         here = environment()
         if not self._described:
-            self.write("environment.json", {**here, "tokens": digest})
+            stood_for = {"recommended": list(terms)} if terms else {}
+            self.write("environment.json", {**here, "tokens": digest, **stood_for})
         elif not self.finished:
             self._went_on(here)
 
@@ -116,43 +139,66 @@ class RunFolder:
         """Note another commit, machine or version that goes on with the run."""
         first = self.read("environment.json")
         later = first.pop("later", [])
-        digest = first.pop("tokens")
+        kept = {name: first.pop(name) for name in ("tokens", "recommended") if name in first}
         here = json.loads(json.dumps(here))
         if here not in (first, *later):
             later.append(here)
-            self.write("environment.json", {**first, "tokens": digest, "later": later})
+            self.write("environment.json", {**first, **kept, "later": later})
+
+    @property
+    def _of_a_run(self) -> bool:
+        """Other folders have a config.json, too: transformers' for one."""
+        return "tokens" in self._keys("environment.json") or self._keys("config.json") >= SECTIONS
+
+    def _keys(self, name: str) -> set[str]:
+        """Of a JSON file; none where there is no such file, or another."""
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return set()
+        return set(found) if isinstance(found, dict) else set()
 
     @property
     def _described(self) -> bool:
         return (self.path / "environment.json").exists()
 
     def _remove(self) -> None:
-        for file in self.path.iterdir():
-            if file.is_dir():
-                shutil.rmtree(file)
-            elif file.name != LOCK:
-                file.unlink()
+        """The run's own files; what else is there stays."""
+        try:
+            for name in OWN:
+                for file in self.path.glob(name):
+                    if file.is_dir() and not file.is_symlink():
+                        shutil.rmtree(file)
+                    else:
+                        file.unlink()
+        except OSError as error:
+            raise EquipoiseError(f"{self.path} cannot be cleared ({error}).") from error
 
     def config(self) -> Config:
         """The settings of the run that is there."""
         file = self.path / "config.json"
         if not file.exists():
             raise EquipoiseError(f"{self.path} is no run's folder: it has no config.json.")
-        with self._readable(file):
+        with self.readable(file):
             return Config.from_json(file.read_text(encoding="utf-8"))
 
     def write(self, name: str, values: Any) -> None:
-        """A JSON file, whole or not at all."""
-        write_text(self.path / name, json.dumps(values, indent=1, allow_nan=True))
+        """A JSON file, whole or not at all; numbers that are none become null."""
+        write_text(self.path / name, json.dumps(without_nan(values), indent=1, allow_nan=False))
 
     def read(self, name: str) -> Any:
         """A JSON file."""
         file = self.path / name
-        with self._readable(file):
+        with self.readable(file):
             return json.loads(file.read_text(encoding="utf-8"))
 
+    def result(self) -> dict[str, Any]:
+        """What the run came to; NaN where it has no load to measure."""
+        found = dict(self.read("result.json"))
+        return {**found, **{name: math.nan for name in MEASURED if found.get(name) is None}}
+
     @contextmanager
-    def _readable(self, file: Path) -> Iterator[None]:
+    def readable(self, file: Path) -> Iterator[None]:
         """Turns what a damaged file raises into one line."""
         try:
             yield
@@ -178,7 +224,7 @@ class RunFolder:
         import pyarrow.parquet as pq
 
         file = self.path / "metrics.parquet"
-        with self._readable(file):
+        with self.readable(file):
             return pq.read_table(file)
 
     def save_checkpoint(self, state: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> None:
@@ -213,13 +259,22 @@ class RunFolder:
                 "it with as many."
             )
         file = self.path / f"checkpoint-{max(steps)}-{rank}of{ranks}.pt"
-        with self._readable(file):
+        with self.readable(file):
             return torch.load(file, map_location="cpu", weights_only=False)
 
     def remove_checkpoints(self) -> None:
         """The run is finished."""
         for file in self.path.glob("checkpoint-*"):
             file.unlink()
+
+
+def without_nan(value: Any) -> Any:
+    """For strict JSON: what cannot be measured, such as a load without selections, is null."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import EquipoiseError
-from equipoise.lab.config import Config
+from equipoise.lab.config import Config, DataConfig
 from equipoise.lab.corpus import digest_of
 from equipoise.lab.results import Result, folder_of
 
@@ -70,9 +70,7 @@ class Grid:
                     told = time.monotonic()
                     self._report(jobs, total - len(waiting) - len(jobs), total, begin)
         finally:
-            for job in jobs.values():
-                job.process.terminate()
-                job.process.join()
+            _end([job.process for job in jobs.values()])
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
         if self.failures:
@@ -150,6 +148,20 @@ class Grid:
         self.say(f"{done} of {total} done{left} | " + " | ".join(parts))
 
 
+def _end(processes: Sequence[Any]) -> None:
+    """Let all save and stop; asked again, at once."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+            process.join()
+        raise
+
+
 def missing(configs: Sequence[Config], pool: Path) -> list[Config]:
     """Configs without a finished run; equal ones once."""
     found: dict[Path, Config] = {}
@@ -172,21 +184,29 @@ def _interrupt(*_: object) -> None:
 
 def check_text(configs: Sequence[Config], pool: Path) -> None:
     """Raise EquipoiseError for finished runs of another text than is there now."""
-    there = {c.data for c in configs if Path(c.data.source).expanduser().exists()}
-    digests = {data: digest_of(data) for data in there}
-    other = [
-        result.path
-        for config in configs
-        if config.data in digests
-        and (result := Result.find(pool, config)) is not None
-        and result.environment["tokens"] != digests[config.data]
-    ]
+    digests: dict[DataConfig, str] = {}
+    other = []
+    for config in configs:
+        data, result = config.data, Result.find(pool, config)
+        if result is None or _not_here(data.source, result.source):
+            continue
+        if data not in digests:
+            digests[data] = digest_of(data)
+        if result.environment["tokens"] != digests[data]:
+            other.append(result.path)
     if other:
         raise EquipoiseError(
             f"{len(other)} finished runs in {pool}, such as {other[0].name}, are of another text than "
             f"{configs[0].data.source} holds: give the text that they are of with --data, or choose "
             "another folder with --out."
         )
+
+
+def _not_here(source: str, before: str) -> bool:
+    """Whether a text is on another machine: no path of this one, and no other data set's name."""
+    if Path(source).expanduser().exists():
+        return False
+    return source == before or source.startswith(("/", ".", "~"))
 
 
 def _name(config: Config) -> str:
@@ -201,15 +221,21 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
     from equipoise.lab.trainer import train
 
     config = Config.from_json(text)
-    last, parent = [0.0], os.getppid()
+    last, grid = [0.0], mp.parent_process()
+    assert grid is not None
+
+    def orphaned() -> bool:
+        return os.getppid() != grid.pid
 
     def progress(now: Any) -> None:
-        if os.getppid() != parent:
+        if orphaned():
             signal.raise_signal(signal.SIGTERM)  # the grid was killed: save, and stop
         if time.monotonic() - last[0] > EVERY / 4 or now.step == now.steps:
             last[0] = time.monotonic()
             news.put((number, "progress", now))
 
+    if orphaned():
+        return
     try:
         news.put((number, "done", train(config, folder, save=False, progress=progress)))
     except KeyboardInterrupt:

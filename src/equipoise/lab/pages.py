@@ -32,6 +32,26 @@ def find(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
+def check(
+    name: str,
+    *,
+    tier: str = "cpu",
+    seeds: int = 1,
+    workers: int | None = None,
+    data: str | None = None,
+    redraw: bool = False,
+) -> Experiment:
+    """The experiment, where it can be run so; EquipoiseError, before any work, where not."""
+    experiment = find(name)
+    _check_tier(tier)
+    trains = experiment.measure is None
+    if not trains and (seeds != 1 or data is not None or workers is not None):
+        raise EquipoiseError(f"{name!r} trains nothing: leave out --seeds, --data and --workers.")
+    if trains and tier == "gpu" and not redraw and not torch.cuda.is_available():
+        raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
+    return experiment
+
+
 def run_experiment(
     name: str,
     out: str | Path = "docs/lab",
@@ -52,14 +72,9 @@ def run_experiment(
     Raises EquipoiseError for an unknown experiment or tier, for tier gpu without a GPU, and for a
     redraw without runs.
     """
-    experiment = find(name)
-    _check_tier(tier)
+    experiment = check(name, tier=tier, seeds=seeds, workers=workers, data=data, redraw=redraw)
     pool = Path(out) / "runs"
     if experiment.measure is not None:
-        if seeds != 1 or data is not None or workers is not None:
-            raise EquipoiseError(
-                f"{name!r} trains nothing: leave out --seeds, --data and --workers."
-            )
         if not redraw:
             experiment.measure(pool, tier, say)
         return write_page(experiment, [], Path(out), tier)
@@ -73,8 +88,6 @@ def run_experiment(
                 "without --redraw first."
             )
         return write_page(experiment, configs, Path(out), tier, seeds)
-    if tier == "gpu" and not torch.cuda.is_available():
-        raise EquipoiseError("--tier gpu needs a GPU, and torch sees none: use --tier cpu.")
     try:
         Grid(configs, pool, workers or (1 if tier == "gpu" else os.cpu_count() or 1), say).run()
         measure(configs, turns_of(pool, experiment, tier), say)

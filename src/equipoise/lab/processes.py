@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +24,7 @@ from equipoise.nn import ParallelExperts
 class Processes:
     """The processes that train one model together, by Accelerate; alone, one.
 
-    Started by `accelerate launch` or `torchrun`, or not at all.
+    Several are started by `torchrun`, or on GPUs by `accelerate launch`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -31,6 +32,7 @@ class Processes:
             from accelerate import Accelerator
         except ImportError as error:
             raise EquipoiseError("training needs: pip install 'equipoise[lab]'.") from error
+        _check_launched()
         cpu = not torch.cuda.is_available()
         # Autocast is ours: Accelerate refuses a second run of another precision in one process.
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
@@ -219,6 +221,17 @@ class Processes:
         said = [text for text in self.told(None if error is None else str(error)) if text]
         if said:
             raise EquipoiseError(said[0]) from error
+
+
+def _check_launched() -> None:
+    """Raise EquipoiseError where accelerate was asked for several processes, and started one."""
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    by_accelerate = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()
+    if by_accelerate and not any(name in os.environ for name in sizes):
+        raise EquipoiseError(
+            "accelerate launch was asked for several processes and started one: without MPI it starts "
+            "more on GPUs only (--multi_gpu). Use torchrun --nproc-per-node N -m equipoise train ..."
+        )
 
 
 def _local(tensor: Any) -> Tensor:

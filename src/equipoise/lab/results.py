@@ -67,7 +67,12 @@ class Result:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What `result.json` holds."""
-        return dict(RunFolder(self.path).read("result.json"))
+        return RunFolder(self.path).result()
+
+    @cached_property
+    def source(self) -> str:
+        """Of the text, as it was given."""
+        return RunFolder(self.path).config().data.source
 
     @cached_property
     def environment(self) -> dict[str, Any]:

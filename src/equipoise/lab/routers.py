@@ -171,4 +171,4 @@ def make_capacity(model: ModelConfig) -> Any:
         return None
     from equipoise import nn
 
-    return make(one(model.capacity), {"capacity": nn.Capacity}, "capacity")
+    return make(one(model.capacity, "model.capacity"), {"capacity": nn.Capacity}, "capacity")

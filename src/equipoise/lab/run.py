@@ -30,7 +30,7 @@ from equipoise.lab.run_figures import draw_run
 from equipoise.lab.saving import saving
 from equipoise.lab.states import restore, snapshot
 from equipoise.lab.stopping import Stop
-from equipoise.lab.terms import balancing, parse
+from equipoise.lab.terms import RECOMMENDED, balancing, parse
 from equipoise.lab.weights import save_model
 
 QUICK_TOKENS = 20_000
@@ -47,6 +47,8 @@ class Run:
 
     corpus: Corpus
     batches: Batches
+    recommended: tuple[str, ...] = ()
+    """The terms that balance=recommended stands for."""
 
     def __init__(
         self,
@@ -81,6 +83,8 @@ class Run:
     def _balanced(self) -> Handle | None:
         try:
             terms = balancing(self.config.balance, self.model)
+            if self.config.balance.strip() == RECOMMENDED:
+                self.recommended = tuple(map(repr, terms))
             if not terms:
                 return None
             return attach(
@@ -122,7 +126,7 @@ class Run:
     def train(self) -> None:
         """All steps that are left; KeyboardInterrupt, after saving, where a signal asks to stop."""
         self.model.train()
-        with Stop() as stop:
+        with Stop(self.say) as stop:
             while self.step < self.config.steps:
                 self.advance()
                 self._evaluate_on_the_way()
@@ -208,8 +212,7 @@ class Run:
         if self.handle is not None:
             self.handle.discard()
         with self.processes.together():
-            if self.processes.first and self.journal.rows:
-                self.folder.write_metrics(self.journal.rows)  # how it came to this
+            self._write_journal()  # how it came to this
         where = first_not_finite(self.model, self.plain, micro_batches, self.processes)
         raise self._stopped(self.step + 1, f"{what}; {where}")
 
@@ -277,10 +280,15 @@ class Run:
         state = snapshot(self)
         with processes.together():
             self.folder.save_checkpoint(state, processes.rank, processes.count)
-            if processes.first and self.journal.rows:
-                self.folder.write_metrics(self.journal.rows)
+            self._write_journal()
         self.folder.keep_checkpoint(self.step, processes.rank, processes.count)
         self._saved, self._saved_step = time.monotonic(), self.step
+
+    def _write_journal(self) -> None:
+        """The figures so far, by the first process."""
+        if self.processes.first and self.journal.rows:
+            self.folder.write_metrics(self.journal.rows)
+            self.folder.write("evaluations.json", self.journal.evaluations)
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -305,9 +313,8 @@ class Run:
         if self.handle is not None and self.handle.courses is not None:
             result["events"] = [asdict(event) for event in self.handle.events]
         with self.processes.together():
+            self._write_journal()
             if self.processes.first:
-                self.folder.write_metrics(self.journal.rows)
-                self.folder.write("evaluations.json", self.journal.evaluations)
                 if save:
                     with saving(self.folder.path / "figures"):
                         draw_run(self.folder.path)

@@ -56,11 +56,11 @@ def parse(text: str) -> tuple[Call, ...]:
     return tuple(_call(node, text) for node in _summands(tree))
 
 
-def one(text: str) -> Call:
-    """The single call of a line."""
+def one(text: str, setting: str = "model.router") -> Call:
+    """The single call of a setting's line."""
     calls = parse(text)
     if len(calls) != 1:
-        raise EquipoiseError(f"{text!r} names {len(calls)} things where one is wanted.")
+        raise EquipoiseError(f"{setting}={text!r} names {len(calls)} things where one is wanted.")
     return calls[0]
 
 
@@ -79,6 +79,10 @@ def _call(node: ast.expr, text: str) -> Call:
     assert isinstance(node, ast.Call)
     assert isinstance(node.func, ast.Name)
     options = tuple((str(word.arg), _value(word.value, text)) for word in node.keywords)
+    names = [name for name, _ in options]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise EquipoiseError(f"{text!r} gives {twice}= to {node.func.id} twice.")
     return Call(node.func.id, options)
 
 
@@ -89,7 +93,7 @@ def _value(node: ast.expr, text: str) -> Value:
         return _call(node, text)
     try:
         return ast.literal_eval(node)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise _malformed(text) from error
 
 
@@ -113,16 +117,23 @@ def make(call: Call, makers: Mapping[str, Callable[..., Any]], kind: str, **give
     try:
         return makers[call.name](**given, **dict(call.options))
     except TypeError as error:
-        raise EquipoiseError(f"{kind} {call}: {_mistaken(makers[call.name], error)}") from error
+        raise EquipoiseError(
+            f"{kind} {call}: {_mistaken(call, makers[call.name], error)}"
+        ) from error
     except (ValueError, EquipoiseError) as error:
         raise EquipoiseError(f"{kind} {call}: {error}") from error
 
 
-def _mistaken(maker: Callable[..., Any], error: TypeError) -> str:
+def _mistaken(call: Call, maker: Callable[..., Any], error: TypeError) -> str:
     """What a TypeError says about an option, in a user's words."""
+    if "missing" in str(error):
+        needed = re.findall(r"'(\w+)'", str(error))
+        return f"it needs {' and '.join(needed)}."
     wrong = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if wrong is None:
-        return f"{error}."
+        kinds = _kinds(maker)
+        taken = [f"{name} as {kinds[name]}" for name, _ in call.options if name in kinds]
+        return f"it takes {', '.join(taken)}." if taken else f"{error}."
     allowed = options_of(maker)
     said = f"there are {', '.join(allowed)}" if allowed else "it takes none"
     return f"no option {wrong[1]!r}: {said}.{nearest(wrong[1], allowed)}"
@@ -130,11 +141,19 @@ def _mistaken(maker: Callable[..., Any], error: TypeError) -> str:
 
 def options_of(maker: Callable[..., Any]) -> list[str]:
     """Names of a maker's options; one that hands the rest on says to whom in `options_for`."""
+    return list(_kinds(maker))
+
+
+def _kinds(maker: Callable[..., Any]) -> dict[str, Any]:
+    """A maker's options and their annotations."""
     kinds = inspect.signature(maker).parameters
     shape = ("hidden_size", "num_experts", "top_k", "self")
-    named = [n for n, p in kinds.items() if p.kind is not p.VAR_KEYWORD and n not in shape]
+    named = {
+        n: p.annotation for n, p in kinds.items() if p.kind is not p.VAR_KEYWORD and n not in shape
+    }
     inner = getattr(maker, "options_for", None)
-    return list(dict.fromkeys([*named, *(options_of(inner) if inner is not None else [])]))
+    handed_on = {} if inner is None else _kinds(inner)
+    return named | {n: kind for n, kind in handed_on.items() if n not in named}
 
 
 def balancing(text: str, model: nn.Module | None = None) -> list[Any]:

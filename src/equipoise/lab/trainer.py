@@ -52,10 +52,10 @@ def train(
         with processes.together():
             if processes.first:
                 lock = folder.hold()
-                folder.begin(config, corpus.digest, force=force)
+                folder.begin(config, corpus.digest, terms=run.recommended, force=force)
         if folder.finished:
             run.say(f"{folder.path} is finished: nothing to do.")
-            return dict(folder.read("result.json"))
+            return folder.result()
         run.begin(corpus)
         run.train()
         return run.finish(save)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from equipoise.lab.run import Run
 
 FILE = "weights.safetensors"
-
 
 OUTSIDE = "outside_bias"
 """Begins the names of selection biases that the routers have no place for, as balancing put them on."""
@@ -57,10 +58,24 @@ def _save(run: Run, state: dict[str, Tensor], path: Path) -> dict[str, Any]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with saving(path / "model" / "model.safetensors"):
+    with saving(path / "model" / "model.safetensors"), quiet():
         made.save_pretrained(path / "model")
         tokenizer.save_pretrained(path / "model")
     return {"weights": FILE, "model": "model", "architecture": target.name}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bar of the files that it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _outside(run: Run) -> dict[str, Tensor]:
@@ -120,7 +135,9 @@ def load(path: str | Path) -> LanguageModel:
         raise EquipoiseError(
             f"{path} holds no {FILE}: the run is not finished, or kept no weights."
         )
-    return rebuilt(config, load_file(file))
+    with folder.readable(file):
+        state = load_file(file)
+    return rebuilt(config, state)
 
 
 def load_tokenizer(path: str | Path) -> Any:
