@@ -91,6 +91,20 @@ def test_every_pass_is_told(configure: Callable[..., Config]) -> None:
     assert told == [(done, passes) for done in range(1, passes + 1)]
 
 
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_bytes_per_token_are_of_the_tokens_predicted(
+    configure: Callable[..., Config], tokens: int
+) -> None:
+    config = configure(data__domains="abc,digits")  # where no letter is cut in two
+    corpus = load_corpus(config.data)
+    model = LanguageModel(config.model, config.data.vocab_size)
+    found = evaluate(model, corpus, 16, tokens=tokens)
+    for domain, ratio in zip(corpus.domains, found.bytes_per_token, strict=True):
+        targets = held_out_rows(domain, 16, tokens)[:, 1:].flatten()
+        text = corpus.tokenizer().decode(targets.tolist(), skip_special_tokens=True)
+        assert ratio == pytest.approx(len(text.encode()) / len(targets), rel=1e-12)
+
+
 def test_domains_weigh_alike_in_max_vio_however_long_they_are() -> None:
     even = made([100, 300], np.array([[[100, 0]], [[0, 300]]]))
     assert even.max_vio == pytest.approx(0)

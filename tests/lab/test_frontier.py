@@ -129,6 +129,7 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "switch 1": runs(4.2, 0.3),
         "proportional 0.01": runs(3.95, 0.3),
         "RMS-normalised 0.01": runs(3.95, 0.35),
+        "quantile by histogram": runs(3.95, 0.36),
         "quantile": runs(3.86, 0.2),
     }
     methods = {**leaders, "sign 0.01": runs(3.88, 0.25), "sign, decaying": runs(3.80, 0.15)}

@@ -102,11 +102,11 @@ class Evaluation:
         """What `to_dict` gave."""
         return cls(
             tuple(values["domains"]),
-            np.array(values["losses"]),
+            np.array(values["losses"], dtype=np.float64),
             np.array(values["tokens"]),
-            np.array(values["bytes_per_token"]),
+            np.array(values["bytes_per_token"], dtype=np.float64),
             np.array(values["counts"], dtype=np.int64),
-            np.array(values["weight_sums"]),
+            np.array(values["weight_sums"], dtype=np.float64),
             Leak.from_dict(values["leak"]) if "leak" in values else None,
         )
 

@@ -36,7 +36,7 @@ from equipoise.lock import Lock
 
 LOCK = "run.lock"
 OWN = (
-    "checkpoint-*", "*.tmp", "metrics.parquet", "evaluations.json", "result.json", "weights.safetensors",
+    "checkpoint-*", "metrics.parquet", "evaluations.json", "result.json", "weights.safetensors",
     "model", "trace", "figures", "tensorboard", "wandb", "environment.json", "config.json",
 )  # fmt: skip
 """What `--force` removes, in this order: a folder is known for a run's by the last two."""
@@ -166,7 +166,7 @@ class RunFolder:
         """The run's own files; what else is there stays."""
         try:
             for name in OWN:
-                for file in self.path.glob(name):
+                for file in (*self.path.glob(name), *self.path.glob(f"{name}.tmp")):
                     if file.is_dir() and not file.is_symlink():
                         shutil.rmtree(file)
                     else:
