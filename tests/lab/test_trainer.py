@@ -356,7 +356,7 @@ def test_what_recommended_stood_for_is_kept_and_another_is_refused(
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, progress=stopped_at(2))
     (term,) = RunFolder(tmp_path).read("environment.json")["recommended"]
-    assert term.startswith("Bias(controller=Quantile(")
+    assert term.startswith("Bias(controller=QuantileHistogram(")
     with monkeypatch.context() as patch:
         patch.setattr("equipoise.balance.recommended", lambda _: (Loss("switch", weight=0.5),))
         with pytest.raises(EquipoiseError, match=r"stood for Bias\(.* stands for Loss\('switch'"):
@@ -634,7 +634,8 @@ def test_threads_are_those_of_the_config(configure: Configure, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("router", "balance"),
     [
-        ("sigmoid", frontier.METHODS["quantile"]),
+        ("sigmoid", frontier.METHODS["quantile by histogram"]),
+        ("softmax", frontier.METHODS["quantile"]),
         ("mixtral", frontier.METHODS["switch 0.1"]),
     ],
 )

@@ -75,7 +75,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
         found += seeded(frontier.named(plain, {**leaders, **held}), several)
     found += seeded(frontier.named(frontier.base(64, tier, SOFTMAX), softmax, "softmax"), several)
     biases = {name: leaders[name] for name in (REFERENCE, "sign 0.01")}
-    biases["quantile with groups (recommended)"] = RECOMMENDED
+    biases["quantile by histogram, with groups"] = RECOMMENDED
     limited = frontier.named(frontier.base(64, tier, GROUPED), biases, "4 of 8 groups")
     return found + seeded(limited, seeds)
 
