@@ -42,6 +42,11 @@ def test_at_equal_load_a_loss_is_set_against_the_lines_between_the_switch_losses
     assert paired.at_equal_load(near, methods) == pytest.approx([0.03] * 5, abs=0.01)
 
 
+def test_a_weight_that_evens_the_load_no_more_is_no_end_of_the_line() -> None:
+    methods = {WEAK: runs(3.9, 1.0), MIDDLE: runs(4.0, 0.25), STRONG: runs(5.0, 0.5)}
+    assert paired.at_equal_load(runs(3.93, 0.5), methods) == pytest.approx([-0.02] * 5, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("load", "words"), [(0.1, "more even than all"), (5.0, "less even than all")]
 )
@@ -145,6 +150,14 @@ def test_a_verdict_takes_the_seeds_of_all_and_says_where() -> None:
         "On or beyond the frontier wherever its seeds are run: sign, decaying (16 experts). "
         "Beyond it: sign, decaying.",
     ]
+    other = {**methods, "quantile": runs(3.86, 0.2), "sign 0.01": runs(3.70, 0.25)}
+    sizes = {"16 experts": methods, "64 experts": other}
+    assert (
+        "64 experts: sign 0.01, quantile. On it at all 2 sizes: quantile."
+        in recipe.verdicts(sizes)[0]
+    )
+    other["quantile"] = runs(3.86, 0.3)
+    assert recipe.verdicts(sizes)[0].endswith("64 experts: sign 0.01. On it at all 2 sizes: none.")
     alike = recipe.verdicts({"16 experts": {**methods, "sign, decaying": runs(3.86, 0.2)}})
     assert "Beyond it: none, so that none of them" in alike[1]
     assert found[2].startswith(

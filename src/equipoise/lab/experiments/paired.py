@@ -84,12 +84,20 @@ def _lines(
     """MaxVio and loss of the Switch losses of each run's seed, the most even first.
 
     Of the strengths that all these seeds have: a seed with one more would be compared with another line.
+    And of those that are more even than every weaker one: where more weight no longer evens the load, it
+    only costs loss, and a line through it would lead away from what the losses can do.
     """
     seeds = {run.seed for run in runs}
     strengths = [{r.seed: r.final for r in methods.get(name, ())} for name in LINE]
-    ends = [[s[run.seed] for s in strengths if seeds <= s.keys()] for run in runs]
-    sorted_ends = [sorted((end.max_vio, end.loss) for end in line) for line in ends]
-    return [([load for load, _ in line], [loss for _, loss in line]) for line in sorted_ends]
+    found = []
+    for run in runs:
+        loads: list[float] = []
+        losses: list[float] = []
+        for end in (s[run.seed] for s in strengths if seeds <= s.keys()):
+            if not loads or end.max_vio < loads[0]:
+                loads, losses = [end.max_vio, *loads], [end.loss, *losses]
+        found.append((loads, losses))
+    return found
 
 
 def difference(values: Sequence[float], digits: int = 3) -> str:

@@ -164,11 +164,22 @@ def verdicts(groups: Groups) -> list[str]:
         if "beyond" in at.values() and "behind" not in at.values()
     ]
     return [
-        f"The frontier of the single methods. {frontiers}.",
+        f"The frontier of the single methods. {frontiers}. {_everywhere(whole)}".rstrip(),
         f"On or beyond the frontier wherever its seeds are run: {', '.join(held) or 'no candidate'}. "
         f"Beyond it: {', '.join(beyond) or 'none, so that none of them beats the single methods'}.",
         *found,
     ]
+
+
+def _everywhere(whole: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
+    """The methods on the frontier of every group of all leaders."""
+    best = [
+        _frontier(found) for group, found in whole.items() if leaders(group) == frontier.LEADERS
+    ]
+    if len(best) < 2:
+        return ""
+    names = [name for name in best[0] if all(name in found for found in best)]
+    return f"On it at all {len(best)} sizes: {', '.join(names) or 'none'}."
 
 
 def _leading(group: str, methods: Mapping[str, Sequence[Result]]) -> dict[str, Sequence[Result]]:
