@@ -152,12 +152,13 @@ READING = f"""Differences are to `{REFERENCE}` of the same seed, whose runs see 
 with the same weights; with several seeds, means and 95 % intervals by Student's t. At equal MaxVio: the
 difference to the Switch losses of the same seed (of {", ".join(LINE)}, those that all its seeds have, and
 that are more even than every weaker one), on the lines between them in ln MaxVio_global. Where some seeds are
-more even than all Switch losses, or less ("more even than all", "less even than all"), these have no such difference: the mean is of the others, which
-their outcome picked, and no verdict (n of m seeds; an interval from three on). Equivalent: two one-sided
-t-tests both reject, at 5 %, that the difference is as large as {MARGIN} nats. The published differences are
-smaller than that margin, 0.006 nats between a bias and a loss (arXiv 2408.15664) and 0.016 between scopes
-(2501.11873): to tell those takes longer runs and more seeds, and larger ones here are of the beginning of
-training, not a repetition of theirs. MaxVio_batch of each training step's tokens, mean over the last tenth
+more even than all Switch losses, or less ("more even than all", "less even than all"), these have no such
+difference: the mean is of the others, which their outcome picked, and no verdict (n of m seeds; an interval
+from three on). Equivalent: two one-sided t-tests both reject, at 5 %, that the difference is as large as
+{MARGIN} nats. The published differences are smaller than that margin, 0.006 nats between a bias and a loss
+(arXiv 2408.15664) and 0.016 between scopes (2501.11873): to tell those takes longer runs and more seeds,
+and larger ones here are of the beginning of training, not a repetition of theirs. MaxVio_batch of each
+training step's tokens, mean over the last tenth
 of the steps. Chance: what uniform routing of as many tokens gives."""
 COMPARISONS = """Every interval and every test is at its own level: of twenty comparisons of methods that do
 not differ, about one shows a difference all the same, and of methods that differ by the margin, one in
