@@ -164,8 +164,8 @@ COMPARISONS = """Every interval and every test is at its own level: of twenty co
 not differ, about one shows a difference all the same, and of methods that differ by the margin, one in
 twenty is called equivalent."""
 CAPTION = f"""Held-out loss less that of `{REFERENCE}` with the same seed, against MaxVio_global. Lines
-join the strengths of a method; bars are 95 % intervals over the seeds, where there are several; the band
-is the margin of {MARGIN} nats."""
+join the strengths of a method in their order; bars are 95 % intervals over the seeds, where there are
+several; the band is the margin of {MARGIN} nats."""
 HEAD = (
     "method",
     "seeds",
@@ -277,15 +277,15 @@ def draw(groups: Groups, path: Path) -> None:
     }
     for axis, (group, methods) in zip(axes, groups.items(), strict=True):
         axis.axhspan(-MARGIN, MARGIN, color="#f0f0f0", zorder=0)
-        lines: dict[str, list[tuple[float, float, float]]] = {}
+        lines: dict[str, list[tuple[float, float, float, float]]] = {}
         for name, runs in methods.items():
             differences = paired(runs, methods.get(REFERENCE, ()))
             if differences:
                 mean, half = mean_interval(differences)
                 load = float(np.mean([r.final.max_vio for r in runs]))
-                lines.setdefault(families[name], []).append((load, mean, half))
+                lines.setdefault(families[name], []).append((_strength(name), load, mean, half))
         for family, points in lines.items():
-            xs, ys, halves = np.array(sorted(points)).T
+            _, xs, ys, halves = np.array(sorted(points)).T
             axis.errorbar(
                 xs, ys, np.nan_to_num(halves), markersize=4, linewidth=1, label=family, capsize=2,
                 **styles[family],
@@ -307,8 +307,13 @@ def families_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def _without_strength(name: str) -> str:
+    return name.rpartition(" ")[0] if _strength(name) else name
+
+
+def _strength(name: str) -> float:
+    """The number that a name ends in; 0 where it ends in none."""
     head, _, last = name.rpartition(" ")
-    return head if head and last.replace(".", "").replace("e-", "").isdigit() else name
+    return float(last) if head and last.replace(".", "").replace("e-", "").isdigit() else 0.0
 
 
 EXPERIMENT = Experiment(
