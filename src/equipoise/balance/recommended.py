@@ -31,6 +31,7 @@ def recommended(model: nn.Module) -> tuple[Loss | Bias, ...]:
     if all(not s.null_experts and own_bias(s, modules) for s, modules in held):
         limits = {group_limit(site, modules) for site, modules in held}
         if len(limits) == 1:
-            even = all(s.score_function == "sigmoid" and s.compares == "scores" for s in sites)
-            return (Bias((QuantileHistogram if even else Quantile)(groups=limits.pop())),)
+            sigmoid = all(s.score_function == "sigmoid" and s.compares == "scores" for s in sites)
+            quantile = QuantileHistogram if sigmoid else Quantile
+            return (Bias(quantile(groups=limits.pop())),)
     return (Loss("switch", scope="global", weight=0.1),)

@@ -242,13 +242,8 @@ def _whole(value: Any) -> int:
         raise ValueError
     if isinstance(value, int):
         return value
-    try:
-        return int(value) if isinstance(value, str) else _whole_float(value)
-    except ValueError:
-        return _whole_float(value)
-
-
-def _whole_float(value: Any) -> int:
+    if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+        return int(value)
     number = float(value)
     if number != int(number):
         raise ValueError
