@@ -83,6 +83,10 @@ PLAIN_BIAS = "quantile"
 """The leader without a rate."""
 WHOLE_STEP = {"switch by whole step 0.1": "switch(scope=exact, weight=0.1)"}
 """With 16 experts in paired seeds, too: the loss on the counts that a bias has."""
+LONGER = 5_000_000
+"""Tokens of longer runs with 64 experts, in paired seeds: whether what is found lasts."""
+LONGER_METHODS = (REFERENCE, STRONG, "quantile by histogram")
+"""The published loss, the stronger one, and the bias that `recommended` gives."""
 ROUTER = "sigmoid"
 
 
@@ -106,6 +110,8 @@ def base(experts: int, tier: str = "cpu", router: str = ROUTER) -> Config:
 def named(plain: Config, methods: Mapping[str, str], router: str = "") -> list[Config]:
     """The runs of some methods in the group of one config; `router` names one that is not ROUTER."""
     group = f"{plain.model.experts} experts{router and f', {router}'}"
+    if plain.tokens == LONGER:
+        group += f", {LONGER // 1_000_000} M tokens"
     return [
         plain.change({"name": f"{group}: {name}", "balance": balance})
         for name, balance in methods.items()
@@ -125,6 +131,8 @@ def configs(tier: str, seeds: int) -> list[Config]:
         found += seeded(named(base(experts, tier), others), seeds)
     if tier == "cpu":
         found += seeded(named(base(16), OTHERS), seeds)
+        longer = {name: METHODS[name] for name in LONGER_METHODS}
+        found += seeded(named(base(64).change({"tokens": LONGER}), longer), max(SEEDS, seeds))
     return found
 
 
