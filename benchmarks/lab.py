@@ -1,9 +1,11 @@
-"""Training in the lab: `python benchmarks/lab.py [--repeats 9] [--wall] [--json FILE]`.
+"""Training in the lab: `python benchmarks/lab.py [--repeats 9] [--threads 1] [--wall] [--json FILE]`.
 
 One optimizer step of the CPU tier's model (`recipe("small")`: forward, backward, clipping, AdamW) over
 that of transformers' OLMoE of the same shape with its grouped experts, on the same tokens; the two models
-have the same parameters but for OLMoE's query and key norms. And the shares of a step that reading the
-rows and counting the load take.
+have the same parameters but for OLMoE's query and key norms. Of the lab, the model's step alone, and a step
+of `equipoise train`: with reading the rows, counting the load, and noting both. And the shares of a step that
+reading and counting take. Each trains in a process of its own, set up as its users have it; a round is a
+step of each.
 
 By default on one thread, in processor time, so that other work on the machine does not matter. With
 `--wall`, time on the clock.
@@ -12,8 +14,10 @@ By default on one thread, in processor time, so that other work on the machine d
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,9 +32,12 @@ from equipoise.lab import recipe
 from equipoise.lab.batches import Batches
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import Corpus, Domain
+from equipoise.lab.folder import RunFolder
 from equipoise.lab.meter import Meter
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.optim import make_optimizer
+from equipoise.lab.processes import Processes
+from equipoise.lab.run import Run
 
 
 def olmoe(config: Config) -> OlmoeForCausalLM:
@@ -83,70 +90,152 @@ def corpus(config: Config, folder: Path) -> Corpus:
     return Corpus(tuple(domains), folder, "random")
 
 
+def of_transformers(config: Config, folder: Path) -> Callable[[], Any]:
+    """A step of OLMoE."""
+    model, batches = olmoe(config), rows(config, folder).step(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return lambda: step(model, optimizer, loss, batches)
+
+
+def of_the_model(config: Config, folder: Path) -> Callable[[], Any]:
+    """A step of the lab's model."""
+    model, optimizer, batches = ours(config, folder)
+    return lambda: step(model, optimizer, model, batches)
+
+
+def counted(config: Config, folder: Path) -> Callable[[], Any]:
+    """The same with every expert's selections counted."""
+    model, optimizer, batches = ours(config, folder)
+    meter = Meter(model)
+
+    def both() -> None:
+        step(model, optimizer, model, batches)
+        meter.take()
+
+    return both
+
+
+def ours(config: Config, folder: Path) -> tuple[LanguageModel, torch.optim.Optimizer, list[Any]]:
+    """The lab's model in a process that is set up as the trainer sets it up."""
+    Processes(config)
+    model = LanguageModel(config.model, config.data.vocab_size)
+    return model, make_optimizer(model, model, config.optimizer), rows(config, folder).step(0)
+
+
+def of_the_trainer(config: Config, folder: Path) -> Callable[[], Any]:
+    """A step of `equipoise train`."""
+    run = Run(config, RunFolder(folder / "run"), Processes(config))
+    run.begin(corpus(config, folder))
+    run.model.train()
+    return run.advance
+
+
+def reading(config: Config, folder: Path) -> Callable[[], Any]:
+    """Reading the rows of READ steps."""
+    batches, number = rows(config, folder), iter(range(1, 1_000_000))
+
+    def read() -> None:
+        for _ in range(READ):
+            batches.step(next(number))
+
+    return read
+
+
+def rows(config: Config, folder: Path) -> Batches:
+    """Of random tokens."""
+    return Batches(corpus(config, folder), config)
+
+
+THEIRS, MODEL = "transformers' OLMoE, grouped", "lab"
+COUNTED, TRAINER, READING = "lab, load counted", "equipoise train", "reading"
+MAKERS = {
+    THEIRS: of_transformers,
+    MODEL: of_the_model,
+    COUNTED: counted,
+    TRAINER: of_the_trainer,
+    READING: reading,
+}
+READ, WARM_UP = 20, 4
+
+
+class Other:
+    """A process that makes a step when it is asked to."""
+
+    def __init__(self, name: str, threads: int, wall: bool) -> None:
+        self.name, self.seconds = name, list[float]()
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, threads, wall, there))
+
+    def __enter__(self) -> Other:
+        self._process.start()
+        return self
+
+    def step(self) -> None:
+        """Have a step made."""
+        self._here.send(True)
+        self.seconds.append(self._here.recv())
+
+    def __exit__(self, *_: object) -> None:
+        self._here.send(False)
+        self._process.join()
+
+
+def _serve(name: str, threads: int, wall: bool, pipe: Any) -> None:
+    clock = time.perf_counter if wall else time.process_time
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        make_step = MAKERS[name](recipe("small").change({"threads": threads}), Path(folder))
+        while pipe.recv():
+            begin = clock()
+            make_step()
+            pipe.send(clock() - begin)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    if not options.wall:
-        time.perf_counter = time.process_time
-    config = recipe("small")
-    with TemporaryDirectory() as folder:
-        batches = Batches(corpus(config, Path(folder)), config)
-        rows = measure(config, batches, options.repeats)
-    command = "python benchmarks/lab.py" + (" --wall" if options.wall else "")
-    report("Training in the lab", rows, command, options.json)
+    with ExitStack() as stack:
+        begun = [Other(name, options.threads, options.wall) for name in MAKERS]
+        others = {other.name: stack.enter_context(other) for other in begun}
+        interleaved({name: other.step for name, other in others.items()}, options.repeats, WARM_UP)
+    seconds = {name: other.seconds[WARM_UP:] for name, other in others.items()}
+    command = "python benchmarks/lab.py"
+    command += f" --threads {options.threads}" if options.threads > 1 else ""
+    command += " --wall" if options.wall else ""
+    report("Training in the lab", table(seconds), command, options.json)
 
 
-def measure(config: Config, batches: Batches, repeats: int) -> list[dict[str, Any]]:
+def table(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Rows of the table."""
-    torch.manual_seed(0)
-    ours, metered = (LanguageModel(config.model, config.data.vocab_size) for _ in range(2))
-    meter, theirs = Meter(metered), olmoe(config)
-    optimizers = {m: make_optimizer(m, m, config.optimizer) for m in (ours, metered)}
-    adam = torch.optim.AdamW(theirs.parameters(), lr=config.optimizer.lr, fused=True)
-    fixed = batches.step(0)
-    number = iter(range(1, 1_000_000))
-
-    def olmoe_loss(ids: Tensor, targets: Tensor) -> Tensor:
-        logits = theirs(input_ids=ids, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def counted() -> None:
-        step(metered, optimizers[metered], metered, fixed)
-        meter.take()
-
-    def read() -> None:
-        for _ in range(20):
-            batches.step(next(number))
-
-    variants = {
-        "transformers' OLMoE, grouped": lambda: step(theirs, adam, olmoe_loss, fixed),
-        "lab": lambda: step(ours, optimizers[ours], ours, fixed),
-        "lab, load counted": counted,
-        "reading 20 steps' rows": read,
-    }
-    seconds = interleaved(variants, repeats, warm_up=2)
-    found, own = ratios(seconds, "transformers' OLMoE, grouped"), ratios(seconds, "lab")
+    tokens = recipe("small").step_tokens
+    speed = "speed, of transformers'"
+    found, own = ratios(seconds, THEIRS), ratios(seconds, MODEL)
     rows = []
-    for name in ("transformers' OLMoE, grouped", "lab", "lab, load counted"):
+    for name in (THEIRS, MODEL, COUNTED, TRAINER):
         ratio, spread = found[name]
         rows.append(
             {
                 "step": name,
-                "tokens a second": f"{config.step_tokens / np.median(seconds[name]):,.0f}",
-                "speed, of transformers'": f"{1 / ratio:.2f} ± {spread / ratio**2:.2f}",
+                "tokens a second": f"{tokens / np.median(seconds[name]):,.0f}",
+                speed: f"{1 / ratio:.2f} ± {spread / ratio**2:.2f}",
             }
         )
-    more = own["lab, load counted"][0] - 1
-    rows.append({"step": "counting the load", "tokens a second": "",
-                 "speed, of transformers'": f"{100 * more:+.1f} % of a step"})  # fmt: skip
-    reading = own["reading 20 steps' rows"][0] / 20
-    rows.append({"step": "reading a step's rows", "tokens a second": "",
-                 "speed, of transformers'": f"{100 * reading:.2f} % of a step"})  # fmt: skip
-    return rows
+    shares = {
+        "counting the load": f"{100 * (own[COUNTED][0] - 1):+.1f} % of a step",
+        "reading a step's rows": f"{100 * own[READING][0] / READ:.2f} % of a step",
+    }
+    return rows + [{"step": n, "tokens a second": "", speed: told} for n, told in shares.items()]
 
 
 if __name__ == "__main__":
