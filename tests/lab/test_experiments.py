@@ -19,6 +19,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load_corpus, pages
 from equipoise.lab.experiments import EXPERIMENTS
 from equipoise.lab.experiments.base import Experiment, seeded
+from equipoise.lab.folder import RunFolder
 from equipoise.lab.grid import Grid, missing
 from equipoise.lab.recipes import reading
 from equipoise.lab.results import Result, folder_of, identity
@@ -262,6 +263,21 @@ def test_finished_runs_of_another_text_are_refused(
     named = config.change({"data.source": "owner/other_text"})
     with pytest.raises(EquipoiseError, match="another text than owner/other_text holds"):
         Grid([named], tmp_path / "runs", 1).run()
+
+
+def test_finished_runs_of_another_recommended_are_refused(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure(balance="recommended", model__router="sigmoid")
+    folder = folder_of(tmp_path, config)
+    train(config, folder, save=False)
+    Grid([config], tmp_path, 1).run()
+    environment = RunFolder(folder).read("environment.json")
+    RunFolder(folder).write("environment.json", {**environment, "recommended": ["Bias(Old())"]})
+    with pytest.raises(
+        EquipoiseError, match=r"stood for Bias\(Old\(\)\), and now stands for Bias\("
+    ):
+        Grid([config], tmp_path, 1).run()
 
 
 def test_what_an_experiment_does_not_take_is_refused_before_any_runs(

@@ -19,7 +19,7 @@ from equipoise.lab.batches import held_out_rows
 from equipoise.lab.evaluate import evaluate
 from equipoise.lab.export import target_of, to_transformers
 from equipoise.lab.folder import RunFolder
-from equipoise.lab.model import parameters_of
+from equipoise.lab.model import least_parameters, parameters_of
 from equipoise.lab.weights import load_tokenizer
 
 Configure = Callable[..., Config]
@@ -271,3 +271,12 @@ def test_the_commit_is_that_of_the_checkout() -> None:
 def test_a_folder_says_what_it_is_not(tmp_path: Path) -> None:
     with pytest.raises(EquipoiseError, match="is no run's folder: it has no"):
         RunFolder(tmp_path).config()
+
+
+@pytest.mark.parametrize("values", [{}, {"kv_heads": 2, "dense_layers": 1, "shared_experts": 2},
+                                    {"tied": False}])  # fmt: skip
+def test_least_parameters_are_all_but_norms_and_routers(values: dict[str, Any]) -> None:
+    model = model_of(**values)
+    gates = {id(layer.gate.weight) for layer in model.moe_layers()}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in gates]
+    assert least_parameters(model.config, 50) == sum(p.numel() for p in matrices)

@@ -50,6 +50,7 @@ def stopped_at(step: int) -> Callable[[Progress], None]:
     return progress
 
 
+STEP = "balance/step"
 METHODS = {
     "nothing": {},
     "sign": {"balance": "switch(weight=0.01) + sign(rate=0.01)", "model__router": "sigmoid"},
@@ -585,7 +586,7 @@ def test_metrics_hold_a_row_a_step_whose_counts_sum_to_the_selections(
         sinks=[lambda metrics, _: sunk.append(dict(metrics))],
     )
     table = RunFolder(tmp_path / "a").metrics()
-    assert table.column_names == [
+    assert table.column_names[:10] == [
         "step",
         "tokens",
         "loss",
@@ -605,6 +606,12 @@ def test_metrics_hold_a_row_a_step_whose_counts_sum_to_the_selections(
     assert all(0 < share < 1 for share in table["dropped_share"].to_pylist())
     assert [now.step for now in seen] == [1, 2, 3, 4, 5, 6]
     assert [row["train/loss"] for row in sunk] == table["loss"].to_pylist()
+    balance = table.column_names[10:]
+    assert balance == [
+        n for n in sunk[-1] if "train/" not in n and "/layer_" not in n and n != STEP
+    ]
+    for name in balance:
+        assert table[name].to_pylist() == [row.get(name) for row in sunk]
     assert sunk[-1]["train/max_vio"] == seen[-1].max_vio
     assert seen[-1].seconds_left == 0
 
@@ -673,3 +680,18 @@ def test_a_bias_that_the_router_has_no_place_for_is_kept_with_the_weights(
     plain = rebuilt(config, {n: v for n, v in state.items() if not n.startswith(OUTSIDE)})
     bare = evaluate(plain, load_corpus(config.data), length, tokens=tokens)
     assert bare.counts.tolist() != kept["counts"]
+
+
+def test_balancing_s_measures_stand_beside_the_load(configure: Configure, tmp_path: Path) -> None:
+    train(configure(balance="sign(rate=0.01)", trace=False), tmp_path / "a", save=False)
+    table = RunFolder(tmp_path / "a").metrics()
+    assert table["balance/max_vio"].to_pylist() == pytest.approx(table["max_vio"].to_pylist())
+    churn = table["balance/churn"].to_pylist()
+    assert churn[0] is None  # the first step has none before it
+    assert all(0 <= share <= 1 for share in churn[1:])
+
+
+def test_a_model_that_memory_cannot_hold_is_refused(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(EquipoiseError, match=r"hidden_size=32768, .*=65536 .*GiB, and cpu has"):
+        train(configure(model__hidden_size=32768, model__experts=65536), tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -43,20 +43,20 @@ class Measures:
         self._flat: Tensor | None = None
         self._before: Tensor | None = None
         self._meters: dict[str, Tensor | int | dict[int, Tensor]] = {}
-        self._gradient_share = torch.full((handle.book.num_layers,), math.nan, device=handle.device)
+        self.gradient_share_L = torch.full((handle.book.num_layers,), math.nan, device=handle.device)
         self.step = 0
 
     def take(self, flat: Tensor) -> None:
         """Keep a step's counts and running sums; nothing is computed before `last` is asked."""
         meters = self._handle.book.meters
-        self._before, self._flat = self._flat, flat
+        self._before, self._flat = self._handle.steps.last, flat
         self._values = meters.values.clone()
         self._valued = torch.tensor(meters.valued, dtype=torch.float32).reshape(self._values.shape)
         self._micro = dict(meters.micro_vio)
         self._passes = meters.passes
         balance, main = meters.balance_sq.sqrt(), meters.main_sq.sqrt()
         share = balance / (balance + main)
-        self._gradient_share = torch.where(share.isnan(), self._gradient_share, share)
+        self.gradient_share_L = torch.where(share.isnan(), self.gradient_share_L, share)
         self._probes = list(meters.probes)
         self.step = self._handle.book.step
         meters.reset()
@@ -113,7 +113,7 @@ class Measures:
         probed = [_probed(p, s.top_k) for p, s in zip(self._probes, sites, strict=True)]
         rows["margin"] = [margin for margin, _ in probed]
         rows["overruled_share"] = [overruled for _, overruled in probed]
-        rows["gradient_share"] = self._gradient_share.cpu().tolist()
+        rows["gradient_share"] = self.gradient_share_L.cpu().tolist()
         for term, loss in enumerate(self._handle.book.losses):
             value = self._values[term].cpu() / self._valued[term]
             rows[f"loss/{loss.name}"] = value.tolist()

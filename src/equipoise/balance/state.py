@@ -35,6 +35,7 @@ def state_dict(handle: Handle) -> dict[str, Any]:
         "weights": [[term, weight.clone()] for term, weight in book.weights.items()],
         "weight_controllers": [_cloned(state) for state in steps.weight_states],
         "last": None if steps.last is None else steps.last.clone(),
+        "gradient_share": handle.measures.gradient_share_L.clone(),
         "parts": {part.name: part.state_dict() for part in handle.parts},
         "generators": [[seed, g.get_state()] for seed, g in book.generators.items()],
     }
@@ -78,6 +79,7 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
     book.weights = {term: weight.to(device) for term, weight in state["weights"]}
     steps.weight_states = [_cloned(s, device) for s in state["weight_controllers"]]
     steps.last = None if state["last"] is None else state["last"].to(device)
+    handle.measures.gradient_share_L = state["gradient_share"].to(device)
     for seed, generator in state["generators"]:
         book.generator(seed).set_state(generator)
 
@@ -86,6 +88,7 @@ _KEYS = {"layers", "losses", "controller", "step", "biases", "controllers", "sco
     "family",
     "weight_controllers",
     "last",
+    "gradient_share",
     "generators",
 }
 

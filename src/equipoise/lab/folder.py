@@ -211,11 +211,12 @@ class RunFolder:
             ) from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """`metrics.parquet`, whole or not at all."""
+        """`metrics.parquet`, whole or not at all; what a row lacks is null."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.Table.from_pylist([dict(row) for row in rows])
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
         with replacing(self.path / "metrics.parquet") as unfinished:
             pq.write_table(table, unfinished, compression="zstd")
 

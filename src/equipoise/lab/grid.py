@@ -16,7 +16,9 @@ from typing import Any
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, DataConfig
 from equipoise.lab.corpus import digest_of
+from equipoise.lab.model import LanguageModel
 from equipoise.lab.results import Result, folder_of
+from equipoise.lab.terms import RECOMMENDED, balancing
 
 Say = Callable[[str], None]
 EVERY = 20.0
@@ -52,6 +54,7 @@ class Grid:
         waiting = missing(self.configs, self.pool)
         self.say(f"{len(self.configs)} runs, {len(self.configs) - len(waiting)} finished before.")
         check_text(self.configs, self.pool)
+        check_terms(self.configs, self.pool)
         if waiting:
             self._prepare(waiting)
         context = mp.get_context("spawn")
@@ -200,6 +203,23 @@ def check_text(configs: Sequence[Config], pool: Path) -> None:
             f"{configs[0].data.source} holds: give the text that they are of with --data, or choose "
             "another folder with --out."
         )
+
+
+def check_terms(configs: Sequence[Config], pool: Path) -> None:
+    """Raise EquipoiseError for finished runs of another balance=recommended than today's."""
+    for config in configs:
+        result = Result.find(pool, config) if config.balance.strip() == RECOMMENDED else None
+        if result is None:
+            continue
+        model = LanguageModel(config.model, config.data.vocab_size)
+        now = [repr(term) for term in balancing(RECOMMENDED, model)]
+        before = result.environment.get("recommended")
+        if before is not None and before != now:
+            raise EquipoiseError(
+                f"{result.path} is of {_name(config)}, whose balance=recommended stood for "
+                f"{' + '.join(before)}, and now stands for {' + '.join(now)}: remove it, and it will be "
+                "run again."
+            )
 
 
 def _not_here(source: str, before: str) -> bool:

@@ -67,7 +67,10 @@ class Journal:
         self._first, self._began = step, time.perf_counter()
 
     def note(self, step: Step, balance: Callable[[], Mapping[str, float]]) -> None:
-        """Keep a step, and tell of it; `balance` gives what balancing measured."""
+        """Keep a step, and tell of it; `balance` gives what balancing measured.
+
+        Of that, rows hold what is of the whole model; sinks get the layers' figures, too.
+        """
         counts_LE = step.counts_LE
         max_vio = float(np.mean(load.max_vio(counts_LE))) if counts_LE.size else math.nan
         row = {
@@ -83,9 +86,10 @@ class Journal:
         }
         if step.dropped_share is not None:
             row["dropped_share"] = step.dropped_share
-        self.rows.append(row)
+        measured = balance()
+        self.rows.append(row | {n: x for n, x in measured.items() if _of_the_model(n)})
         for sink in self.sinks:
-            sink({**self._scalars(row), **balance()}, step.number)
+            sink({**self._scalars(row), **measured}, step.number)
         if self.progress is not None:
             self.progress(self._progress(step, max_vio))
 
@@ -103,6 +107,10 @@ class Journal:
         return Progress(
             step.number, self.config.steps, step.loss, speed, max_vio, step_floor(self.config), left
         )
+
+
+def _of_the_model(name: str) -> bool:
+    return "/layer_" not in name and name != "balance/step"
 
 
 def step_floor(config: Config) -> float:

@@ -203,3 +203,17 @@ def parameters_of(model: LanguageModel) -> dict[str, int]:
         total += experts - here
         idle += experts * (layer.num_experts - layer.top_k) // layer.num_experts
     return {"total": total, "active": total - idle}
+
+
+def least_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Of a model that is not made yet: its matrices, without those of routers."""
+    width = model.hidden_size // model.heads
+    attention = 2 * model.hidden_size**2 + 2 * model.hidden_size * model.kv_heads * width
+    experts = (model.experts + model.shared_experts) * model.expert_size
+    inner = (model.layers - model.dense_layers) * experts + model.dense_layers * model.dense_size
+    tables = 1 if model.tied else 2
+    return (
+        model.layers * attention
+        + 3 * inner * model.hidden_size
+        + tables * vocab_size * model.hidden_size
+    )

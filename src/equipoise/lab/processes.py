@@ -97,6 +97,29 @@ class Processes:
                 "precision=float32."
             )
 
+    def check_memory(self, parameters: int) -> None:
+        """Raise EquipoiseError where weights, gradients and two moments of them do not fit here."""
+        shared = self.count if self.sharded or self.config.expert_parallel else 1
+        needed, held = 16 * parameters // shared, self._memory()
+        if held is not None and needed > held:
+            model = self.config.model
+            raise EquipoiseError(
+                f"model.hidden_size={model.hidden_size}, model.layers={model.layers}, model.experts="
+                f"{model.experts} and model.expert_size={model.expert_size} make {parameters / 1e9:.1f} "
+                f"billion parameters or more: with gradients and the optimizer's moments "
+                f"{needed / 2**30:,.0f} GiB, and {self.device} has {held / 2**30:,.0f} GiB. Make one of "
+                "them smaller."
+            )
+
+    def _memory(self) -> int | None:
+        """Bytes of the device, or None where it does not say."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[1])
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+
     @property
     def first(self) -> bool:
         """This process writes the files."""

@@ -23,7 +23,7 @@ from equipoise.lab.evaluate import Evaluation, evaluate
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.journal import Journal, Progress, Sink, Step
 from equipoise.lab.meter import Meter
-from equipoise.lab.model import LanguageModel, parameters_of
+from equipoise.lab.model import LanguageModel, least_parameters, parameters_of
 from equipoise.lab.optim import make_optimizer, rate_at, set_rate
 from equipoise.lab.processes import Processes
 from equipoise.lab.run_figures import draw_run
@@ -65,6 +65,7 @@ class Run:
         told = (sinks, progress) if processes.first else ((), None)
         self.journal = Journal(config, *told)
         self.step, self.seconds = 0, 0.0
+        processes.check_memory(least_parameters(config.model, config.data.vocab_size))
         torch.manual_seed(config.seed)
         self.plain = LanguageModel(config.model, config.data.vocab_size, processes.expert_group)
         self.model = processes.wrap(self.plain)
