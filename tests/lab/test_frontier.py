@@ -179,3 +179,22 @@ def test_families_lose_their_strength_where_there_are_several() -> None:
     assert list(frontier.families_of(names).values()) == [
         "switch", "switch", "quantile, ema 0.9", "quantile", "PID", "sign", "sign"
     ]  # fmt: skip
+
+
+def test_whether_it_lasts_sets_both_lengths_beside_one_another() -> None:
+    bias, loss = "quantile by histogram", frontier.STRONG
+    short, longer = "64 experts", f"64 experts{frontier.LENGTH}"
+    groups = {
+        short: {loss: runs(3.9, 0.7), bias: runs(3.84, 0.2)},
+        longer: {loss: runs(2.9, 0.6), bias: runs(2.88, 0.1)},
+    }
+    ends = [
+        paired.verdict(paired.paired(methods[bias], methods[loss])) for methods in groups.values()
+    ]
+    assert ends[0].startswith("-0.06") and ends[1].startswith("-0.02")
+    (told,) = frontier.lasting(groups)
+    assert told.endswith(f"{bias} {ends[0]}, then {ends[1]}.")
+    # Without all seeds of both, nothing is said.
+    groups[longer][bias] = runs(2.88, 0.1, range(4))
+    assert frontier.lasting(groups) == []
+    assert frontier.lasting({short: groups[short]}) == []

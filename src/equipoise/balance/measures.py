@@ -43,7 +43,9 @@ class Measures:
         self._flat: Tensor | None = None
         self._before: Tensor | None = None
         self._meters: dict[str, Tensor | int | dict[int, Tensor]] = {}
-        self.gradient_share_L = torch.full((handle.book.num_layers,), math.nan, device=handle.device)
+        self.gradient_share_L = torch.full(
+            (handle.book.num_layers,), math.nan, device=handle.device
+        )
         self.step = 0
 
     def take(self, flat: Tensor) -> None:

@@ -83,8 +83,10 @@ PLAIN_BIAS = "quantile"
 """The leader without a rate."""
 WHOLE_STEP = {"switch by whole step 0.1": "switch(scope=exact, weight=0.1)"}
 """With 16 experts in paired seeds, too: the loss on the counts that a bias has."""
-LONGER = 5_000_000
-"""Tokens of longer runs with 64 experts, in paired seeds: whether what is found lasts."""
+LONGER, LONGER_EXPERTS = 5_000_000, 64
+"""Tokens and experts of longer runs in paired seeds: whether what is found lasts."""
+LENGTH = f", {LONGER // 1_000_000} M tokens"
+"""At the end of their group's name."""
 LONGER_METHODS = (REFERENCE, STRONG, "quantile by histogram")
 """The published loss, the stronger one, and the bias that `recommended` gives."""
 ROUTER = "sigmoid"
@@ -111,7 +113,7 @@ def named(plain: Config, methods: Mapping[str, str], router: str = "") -> list[C
     """The runs of some methods in the group of one config; `router` names one that is not ROUTER."""
     group = f"{plain.model.experts} experts{router and f', {router}'}"
     if plain.tokens == LONGER:
-        group += f", {LONGER // 1_000_000} M tokens"
+        group += LENGTH
     return [
         plain.change({"name": f"{group}: {name}", "balance": balance})
         for name, balance in methods.items()
@@ -132,7 +134,9 @@ def configs(tier: str, seeds: int) -> list[Config]:
     if tier == "cpu":
         found += seeded(named(base(16), OTHERS), seeds)
         longer = {name: METHODS[name] for name in LONGER_METHODS}
-        found += seeded(named(base(64).change({"tokens": LONGER}), longer), max(SEEDS, seeds))
+        found += seeded(
+            named(base(LONGER_EXPERTS).change({"tokens": LONGER}), longer), max(SEEDS, seeds)
+        )
     return found
 
 
@@ -150,9 +154,11 @@ def write(page: Page, results: Results) -> None:
         _beside(page, methods)
     page.text(READING, *_bend(groups))
     page.step_times(f"`{REFERENCE}`")
-    page.figure("frontier", CAPTION, lambda path: draw(groups, path))
+    drawn = {group: methods for group, methods in groups.items() if not group.endswith(LENGTH)}
+    if drawn:
+        page.figure("frontier", CAPTION, lambda path: draw(drawn, path))
     page.heading("Findings")
-    page.bullets(*findings(groups))
+    page.bullets(*findings(groups), *lasting(groups))
     page.text(COMPARISONS)
 
 
@@ -275,6 +281,25 @@ def findings(groups: Groups) -> list[str]:
     ]
 
 
+def lasting(groups: Groups) -> list[str]:
+    """Differences to the stronger Switch loss in runs of both lengths."""
+    longer = next((group for group in groups if group.endswith(LENGTH)), "")
+    short = groups.get(longer.removesuffix(LENGTH), {})
+    told = []
+    for name, runs in groups.get(longer, {}).items():
+        ends = [
+            paired(of, methods.get(STRONG, ()))
+            for of, methods in ((short.get(name, ()), short), (runs, groups[longer]))
+        ]
+        if name != STRONG and all(len(differences) >= SEEDS for differences in ends):
+            told.append(f"{name} {verdict(ends[0])}, then {verdict(ends[1])}")
+    return [
+        f"""Whether it lasts, loss against {STRONG} with {LONGER_EXPERTS} experts after 2 M tokens and at the
+        end of runs of {LONGER // 1_000_000} M, over which the learning rate falls:
+        {"; ".join(told)}."""
+    ] * bool(told)
+
+
 def draw(groups: Groups, path: Path) -> None:
     """Loss difference against MaxVio, a panel for each group."""
     figure, axes = figures.panels(len(groups), width=9.0, height=4.2)
@@ -345,7 +370,8 @@ EXPERIMENT = Experiment(
         it;""",
         """that the weights suit other depths: losses are means over the layers, of which there are four
         here;""",
-        """that balance lowers the loss, or raises it, in longer runs;""",
+        f"""that balance lowers the loss, or raises it, in runs of more than {LONGER // 1_000_000} M tokens,
+        or of more than 2 M with methods and numbers of experts that were not run so long;""",
         """effects of the softmax router, of capacity, or of expert parallelism.""",
     ),
 )
