@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from equipoise.cli import main
+from equipoise.errors import EquipoiseError
 from equipoise.lab import RECIPES, load, recipe
 from equipoise.lab.folder import RunFolder
 from tests.lab.made_up import SMALL, write_text
@@ -341,3 +343,58 @@ def test_torchrun_shows_the_error_of_a_run_before_and_at_the_end_of_its_own_repo
     before, _, report = said.partition("Traceback")
     assert before.splitlines().count(message) == 1
     assert report.strip().splitlines()[-2].strip() == f"traceback : {message}"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_by_an_option_stop_go_on_and_end_as_one_command(
+    settings: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    both = [*settings, "--processes", "2"]
+    run = start(both, out)
+    wait_for_checkpoint(out)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130, said
+    assert said.count("the same command goes on from it") == 1
+    assert "Traceback" not in said
+    again = start(both, out)
+    told, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "Going on after step " in said
+    assert told.count("Mean loss") == 1
+    assert RunFolder(out).result()["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_of_processes_by_an_option_an_error_is_one_line(
+    settings: list[str], tmp_path: Path
+) -> None:
+    wrong = [*settings, "--processes", "2", "--set", "data.domains=klingon"]
+    run = start(wrong, tmp_path / "run")
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 2, said
+    (line,) = said.strip().splitlines()[1:]
+    assert line.startswith("equipoise: data.domains names 'klingon'")
+
+
+@pytest.mark.parametrize(
+    ("processes", "world", "said"),
+    [
+        (0, None, "--processes 0; it has to be at least 1"),
+        (3, None, "batch_rows=64 cannot be shared out over 3 processes"),
+        (2, "2", "--processes 2 in a process that a launcher started"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused_before_any_starts(
+    monkeypatch: pytest.MonkeyPatch, processes: int, world: str | None, said: str
+) -> None:
+    from equipoise.cli.train import train
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(EquipoiseError, match=re.escape(said)):
+        train("small", processes=processes)

@@ -183,7 +183,7 @@ def test_accelerate_s_launcher_that_starts_one_for_several_is_refused(
     )  # fmt: skip
     assert ran.returncode != 0
     assert "asked for several processes and started one" in ran.stderr
-    assert "torchrun --nproc-per-node" in ran.stderr
+    assert "equipoise train --processes N" in ran.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,10 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Throw away the run in that folder.")
     ] = False,
+    processes: Annotated[
+        int,
+        typer.Option(help="Share every step out over so many processes on this machine."),
+    ] = 1,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write OUT/tensorboard too.")
     ] = False,
@@ -64,13 +69,18 @@ def train(
 
       equipoise train small --set model.router=sigmoid --set data.source=texts/ --show
 
-      torchrun --standalone --nproc-per-node 2 -m equipoise train small
+      equipoise train small --processes 2
     """
     if names:
         _list()
         return
     if show:
         _show(recipe, values or [])
+        return
+    if processes != 1:
+        flags = {"--force": force, "--tensorboard": tensorboard, "--wandb": wandb}
+        given = [name for name, on in (flags | {"--quiet": quiet, "--json": json}).items() if on]
+        _launch(processes, recipe, values or [], [*(["--out", str(out)] if out else []), *given])
         return
     try:
         _train(recipe, values or [], out, force, tensorboard, wandb, quiet or not _first(), json)
@@ -80,6 +90,24 @@ def train(
             raise
         time.sleep(SECONDS_TO_TELL)  # the launcher stops all as soon as one has ended
         raise SystemExit(2) from None
+
+
+def _launch(processes: int, recipe: str | None, values: list[str], options: list[str]) -> None:
+    """Start this command in as many processes."""
+    from equipoise.lab.launch import launch
+    from equipoise.lab.processes import check_shared
+
+    if processes < 1:
+        raise EquipoiseError(f"--processes {processes}; it has to be at least 1.")
+    if "WORLD_SIZE" in os.environ:
+        raise EquipoiseError(
+            f"--processes {processes} in a process that a launcher started: leave it out, or start the "
+            "command by itself."
+        )
+    check_shared(_config(recipe, values), processes)
+    sets = [part for value in values for part in ("--set", value)]
+    command = [sys.executable, "-m", "equipoise", "train", str(recipe), *sets, *options]
+    launch(command, processes)
 
 
 def _tell_launcher(message: str) -> None:

@@ -24,7 +24,8 @@ from equipoise.nn import ParallelExperts
 class Processes:
     """The processes that train one model together, by Accelerate; alone, one.
 
-    Several are started by `torchrun`, or on GPUs by `accelerate launch`.
+    Several are started by `equipoise train --processes`, by `torchrun`, or on GPUs by
+    `accelerate launch`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -42,45 +43,8 @@ class Processes:
         if cpu:
             torch.set_num_threads(config.threads)
             _keep_memory()
-        self.check()
-
-    def check(self) -> None:
-        """Raise EquipoiseError where the config does not fit so many processes."""
-        config = self.config
         self._check_device()
-        if config.batch_rows % (config.micro_rows * self.count):
-            raise EquipoiseError(
-                f"batch_rows={config.batch_rows} cannot be shared out over {self.count} processes "
-                f"in micro-batches of micro_rows={config.micro_rows}."
-            )
-        if config.parallel == "fsdp2" and self.count == 1:
-            raise EquipoiseError(
-                "parallel=fsdp2 cuts the weights over processes, and there is one: start the run with "
-                "torchrun --nproc-per-node N, or set it to ddp."
-            )
-        if config.expert_parallel:
-            if self.count == 1:
-                raise EquipoiseError(
-                    "expert_parallel=true shares experts out over processes, and there is one: "
-                    "start the run with torchrun --nproc-per-node N, or set it to false."
-                )
-            if config.parallel == "fsdp2" or config.model.experts % self.count:
-                raise EquipoiseError(
-                    f"expert_parallel=true with parallel={config.parallel} and model.experts="
-                    f"{config.model.experts} over {self.count} processes: it takes parallel=ddp and "
-                    "a multiple of the processes."
-                )
-        if one(config.model.router).name == "soft" and (self.sharded or config.expert_parallel):
-            raise EquipoiseError(
-                f"model.router={config.model.router!r} with parallel={config.parallel} and "
-                f"expert_parallel={config.expert_parallel}: its layers take parallel=ddp, and every "
-                "process all experts."
-            )
-        if self.sharded and config.optimizer.name == "muon":
-            raise EquipoiseError(
-                "optimizer.name=muon needs whole matrices, which parallel=fsdp2 cuts: use "
-                "parallel=ddp or optimizer.name=adamw."
-            )
+        check_shared(config, self.count)
 
     def _check_device(self) -> None:
         kind = self.accelerator.distributed_type
@@ -246,6 +210,44 @@ class Processes:
             raise EquipoiseError(said[0]) from error
 
 
+def check_shared(config: Config, count: int) -> None:
+    """Raise EquipoiseError where a config cannot be shared out over so many processes."""
+    if config.batch_rows % (config.micro_rows * count):
+        raise EquipoiseError(
+            f"batch_rows={config.batch_rows} cannot be shared out over {count} processes "
+            f"in micro-batches of micro_rows={config.micro_rows}."
+        )
+    if config.parallel == "fsdp2" and count == 1:
+        raise EquipoiseError(
+            "parallel=fsdp2 cuts the weights over processes, and there is one: start the run with "
+            "--processes N, or set it to ddp."
+        )
+    sharded = config.parallel == "fsdp2"
+    if config.expert_parallel:
+        if count == 1:
+            raise EquipoiseError(
+                "expert_parallel=true shares experts out over processes, and there is one: "
+                "start the run with --processes N, or set it to false."
+            )
+        if sharded or config.model.experts % count:
+            raise EquipoiseError(
+                f"expert_parallel=true with parallel={config.parallel} and model.experts="
+                f"{config.model.experts} over {count} processes: it takes parallel=ddp and "
+                "a multiple of the processes."
+            )
+    if one(config.model.router).name == "soft" and (sharded or config.expert_parallel):
+        raise EquipoiseError(
+            f"model.router={config.model.router!r} with parallel={config.parallel} and "
+            f"expert_parallel={config.expert_parallel}: its layers take parallel=ddp, and every "
+            "process all experts."
+        )
+    if sharded and config.optimizer.name == "muon":
+        raise EquipoiseError(
+            "optimizer.name=muon needs whole matrices, which parallel=fsdp2 cuts: use "
+            "parallel=ddp or optimizer.name=adamw."
+        )
+
+
 def _check_launched() -> None:
     """Raise EquipoiseError where accelerate was asked for several processes, and started one."""
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -253,7 +255,7 @@ def _check_launched() -> None:
     if by_accelerate and not any(name in os.environ for name in sizes):
         raise EquipoiseError(
             "accelerate launch was asked for several processes and started one: without MPI it starts "
-            "more on GPUs only (--multi_gpu). Use torchrun --nproc-per-node N -m equipoise train ..."
+            "more on GPUs only (--multi_gpu). Use equipoise train --processes N ..."
         )
 
 

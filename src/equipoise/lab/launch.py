@@ -1,0 +1,52 @@
+"""Start a command in several processes here: as torchrun does it, without its reports."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Sequence
+
+from equipoise.errors import EquipoiseError
+
+
+def launch(command: Sequence[str], processes: int) -> None:
+    """Run a command in so many processes, and end as it ends: SystemExit where one of them fails.
+
+    They find each other by torchrun's variables (RANK, WORLD_SIZE, ...). Ctrl-C and SIGTERM are handed
+    on to them. Raises EquipoiseError where one was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each takes the threads of its config
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + error.sigval) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise EquipoiseError(
+                f"process {rank} of {processes} was ended by "
+                f"{signal.Signals(-failure.exitcode).name}: out of memory, if nobody did it. The same "
+                "command goes on from the last checkpoint."
+            ) from None
+        raise SystemExit(failure.exitcode) from None
