@@ -1,4 +1,4 @@
-"""Training in the lab: `python benchmarks/lab.py [--repeats 9] [--threads 1] [--wall] [--json FILE]`.
+"""Training in the lab: `python benchmarks/lab.py [--repeats 9] [--cores 1] [--wall] [--json FILE]`.
 
 One optimizer step of the CPU tier's model (`recipe("small")`: forward, backward, clipping, AdamW) over
 that of transformers' OLMoE of the same shape with its grouped experts, on the same tokens; the two models
@@ -8,16 +8,19 @@ reading and counting take. Each trains in a process of its own, set up as its us
 step of each.
 
 By default on one thread, in processor time, so that other work on the machine does not matter. With
-`--wall`, time on the clock.
+`--wall`, time on the clock. With `--cores N`, on the clock, what N cores make of it: as threads of one
+process, which is what torch does by itself, and as processes that share the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from common import interleaved, ratios, report
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from equipoise.lab import recipe
@@ -72,8 +76,14 @@ def step(
     micro_batches: list[Any],
 ) -> None:
     """One optimizer step."""
-    for ids, targets, _ in micro_batches:
-        (loss_of(ids, targets) / len(micro_batches)).backward()
+    for number, (ids, targets, _) in enumerate(micro_batches, 1):
+        early = number < len(micro_batches)
+        with (
+            model.no_sync()
+            if early and isinstance(model, DistributedDataParallel)
+            else nullcontext()
+        ):
+            (loss_of(ids, targets) / len(micro_batches)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -91,8 +101,13 @@ def corpus(config: Config, folder: Path) -> Corpus:
 
 
 def of_transformers(config: Config, folder: Path) -> Callable[[], Any]:
-    """A step of OLMoE."""
-    model, batches = olmoe(config), rows(config, folder).step(0)
+    """A step of OLMoE, in one process or several."""
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    batches = Batches(corpus(config, folder), config, rank=rank, ranks=ranks).step(0)
+    model: torch.nn.Module = olmoe(config)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
@@ -164,29 +179,55 @@ READ, WARM_UP = 20, 4
 
 
 class Other:
-    """A process that makes a step when it is asked to."""
+    """Processes that make a step together when they are asked to."""
 
-    def __init__(self, name: str, threads: int, wall: bool) -> None:
-        self.name, self.seconds = name, list[float]()
+    def __init__(self, name: str, *, ranks: int = 1, threads: int = 1, wall: bool = False) -> None:
+        self.seconds = list[float]()
         context = multiprocessing.get_context("spawn")
-        self._here, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(name, threads, wall, there))
+        pipes = [context.Pipe() for _ in range(ranks)]
+        self._here = [here for here, _ in pipes]
+        port = _free_port()
+        meetings = [_meeting(rank, ranks, port) for rank in range(ranks)]
+        self._processes = [
+            context.Process(target=_serve, args=(name, place, threads, wall, there))
+            for place, (_, there) in zip(meetings, pipes, strict=True)
+        ]
 
     def __enter__(self) -> Other:
-        self._process.start()
+        for process in self._processes:
+            process.start()
         return self
 
     def step(self) -> None:
-        """Have a step made."""
-        self._here.send(True)
-        self.seconds.append(self._here.recv())
+        """Have a step made; the seconds of the last to end."""
+        self._tell(True)
+        self.seconds.append(max(pipe.recv() for pipe in self._here))
+
+    def _tell(self, go_on: bool) -> None:
+        for pipe in self._here:
+            pipe.send(go_on)
 
     def __exit__(self, *_: object) -> None:
-        self._here.send(False)
-        self._process.join()
+        self._tell(False)
+        for process in self._processes:
+            process.join()
 
 
-def _serve(name: str, threads: int, wall: bool, pipe: Any) -> None:
+def _meeting(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of the others; nothing where there are none."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    told = {name: str(value) for name, value in values.items()}
+    return told | {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"} if ranks > 1 else {}
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def _serve(name: str, meeting: dict[str, str], threads: int, wall: bool, pipe: Any) -> None:
+    os.environ.update(meeting)
     clock = time.perf_counter if wall else time.process_time
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -201,41 +242,54 @@ def _serve(name: str, threads: int, wall: bool, pipe: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    command = "python benchmarks/lab.py"
+    if options.cores > 1:
+        command += f" --cores {options.cores}"
+        cores = options.cores
+        begun = {
+            f"{name}, {way}": Other(name, **values, wall=True)
+            for way, values in (
+                (f"{cores} threads", {"threads": cores}),
+                (f"{cores} processes", {"ranks": cores}),
+            )
+            for name in (THEIRS, TRAINER)
+        }
+    else:
+        command += " --wall" if options.wall else ""
+        begun = {name: Other(name, wall=options.wall) for name in MAKERS}
     with ExitStack() as stack:
-        begun = [Other(name, options.threads, options.wall) for name in MAKERS]
-        others = {other.name: stack.enter_context(other) for other in begun}
+        others = {name: stack.enter_context(other) for name, other in begun.items()}
         interleaved({name: other.step for name, other in others.items()}, options.repeats, WARM_UP)
     seconds = {name: other.seconds[WARM_UP:] for name, other in others.items()}
-    command = "python benchmarks/lab.py"
-    command += f" --threads {options.threads}" if options.threads > 1 else ""
-    command += " --wall" if options.wall else ""
     report("Training in the lab", table(seconds), command, options.json)
 
 
 def table(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Rows of the table, over the first variant."""
     tokens = recipe("small").step_tokens
     speed = "speed, of transformers'"
-    found, own = ratios(seconds, THEIRS), ratios(seconds, MODEL)
-    rows = []
-    for name in (THEIRS, MODEL, COUNTED, TRAINER):
-        ratio, spread = found[name]
-        rows.append(
-            {
-                "step": name,
-                "tokens a second": f"{tokens / np.median(seconds[name]):,.0f}",
-                speed: f"{1 / ratio:.2f} ± {spread / ratio**2:.2f}",
-            }
-        )
+    found = ratios(seconds, next(iter(seconds)))
+    shown = [
+        {
+            "step": name,
+            "tokens a second": f"{tokens / np.median(seconds[name]):,.0f}",
+            speed: f"{1 / ratio:.2f} ± {spread / ratio**2:.2f}",
+        }
+        for name, (ratio, spread) in found.items()
+        if name != READING
+    ]
+    if READING not in seconds:
+        return shown
+    own = ratios(seconds, MODEL)
     shares = {
         "counting the load": f"{100 * (own[COUNTED][0] - 1):+.1f} % of a step",
         "reading a step's rows": f"{100 * own[READING][0] / READ:.2f} % of a step",
     }
-    return rows + [{"step": n, "tokens a second": "", speed: told} for n, told in shares.items()]
+    return shown + [{"step": n, "tokens a second": "", speed: told} for n, told in shares.items()]
 
 
 if __name__ == "__main__":
