@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -37,6 +36,7 @@ from equipoise.lab.batches import Batches
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import Corpus, Domain
 from equipoise.lab.folder import RunFolder
+from equipoise.lab.launch import meetings
 from equipoise.lab.meter import Meter
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.optim import make_optimizer
@@ -186,11 +186,10 @@ class Other:
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(ranks)]
         self._here = [here for here, _ in pipes]
-        port = _free_port()
-        meetings = [_meeting(rank, ranks, port) for rank in range(ranks)]
+        places = meetings(ranks) if ranks > 1 else [{}]
         self._processes = [
             context.Process(target=_serve, args=(name, place, threads, wall, there))
-            for place, (_, there) in zip(meetings, pipes, strict=True)
+            for place, (_, there) in zip(places, pipes, strict=True)
         ]
 
     def __enter__(self) -> Other:
@@ -211,19 +210,6 @@ class Other:
         self._tell(False)
         for process in self._processes:
             process.join()
-
-
-def _meeting(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process of the others; nothing where there are none."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    told = {name: str(value) for name, value in values.items()}
-    return told | {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"} if ranks > 1 else {}
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
 
 
 def _serve(name: str, meeting: dict[str, str], threads: int, wall: bool, pipe: Any) -> None:

@@ -383,13 +383,13 @@ def test_of_processes_by_an_option_an_error_is_one_line(
 @pytest.mark.parametrize(
     ("processes", "world", "said"),
     [
-        (0, None, "--processes 0; it has to be at least 1"),
+        (0, None, "processes=0; it has to be from 1 to 1024"),
         (3, None, "batch_rows=64 cannot be shared out over 3 processes"),
-        (2, "2", "--processes 2 in a process that a launcher started"),
+        (2, "1", "processes=2, and started were 1"),
     ],
 )
 def test_processes_that_cannot_be_are_refused_before_any_starts(
-    monkeypatch: pytest.MonkeyPatch, processes: int, world: str | None, said: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int, world: str | None, said: str
 ) -> None:
     from equipoise.cli.train import train
 
@@ -397,4 +397,4 @@ def test_processes_that_cannot_be_are_refused_before_any_starts(
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(EquipoiseError, match=re.escape(said)):
-        train("small", processes=processes)
+        train("small", processes=processes, out=tmp_path)

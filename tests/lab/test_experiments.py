@@ -38,7 +38,7 @@ def shrunk(experiment: Experiment, config: Config) -> list[Config]:
     found = []
     for asked in experiment.configs("cpu", 1):
         rows = {"micro_rows": min(asked.micro_rows, 8), "model.top_k": min(asked.model.top_k, 2)}
-        found.append(asked.change({**small, **rows, "model.shared_experts": 0}))
+        found.append(asked.change({**small, **rows, "model.shared_experts": 0, "processes": 1}))
     return found
 
 
@@ -91,6 +91,40 @@ def test_a_grid_runs_what_is_missing_and_tells_what_failed(
     assert missing([*good, wrong], tmp_path) == [wrong]
     assert (folder_of(tmp_path, good[0]) / "result.json").stat().st_mtime_ns == before
     assert any("1 finished before" in line for line in said)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_grid_starts_the_processes_of_a_run_which_add_up_what_one_would_count(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    two = configure(
+        name="two", balance="switch(scope=group, weight=0.1)", processes=2, micro_rows=2
+    )
+    one = configure(name="one", balance="switch(scope=micro, weight=0.1)", micro_rows=4)
+    Grid([two, one], tmp_path, 2).run()
+    ours, theirs = (Result(config, folder_of(tmp_path, config)) for config in (two, one))
+    assert [run.summary["processes"] for run in (ours, theirs)] == [2, 1]
+    for column in ("loss", "gradient_norm", "max_vio"):
+        assert ours.column(column) == pytest.approx(theirs.column(column), rel=1e-4)
+    apart = configure(name="apart", balance="switch(scope=micro, weight=0.1)", micro_rows=2)
+    Grid([apart], tmp_path, 1).run()
+    other = Result(apart, folder_of(tmp_path, apart)).column("gradient_norm")
+    assert ours.column("gradient_norm") != pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_of_two_processes_that_fails_fails_once(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    wrong = configure(
+        name="wrong", optimizer__lr=1e30, optimizer__clip=0, processes=2, micro_rows=2
+    )
+    said: list[str] = []
+    with pytest.raises(EquipoiseError, match=r"1 of 1 runs failed; the first, wrong: .*step"):
+        Grid([wrong], tmp_path, 1, said.append).run()
+    assert sum("FAILED" in line for line in said) == 1
 
 
 GRID = """

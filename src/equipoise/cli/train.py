@@ -43,9 +43,11 @@ def train(
         bool, typer.Option("--force", help="Throw away the run in that folder.")
     ] = False,
     processes: Annotated[
-        int,
-        typer.Option(help="Share every step out over so many processes on this machine."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Share every step out over so many processes on this machine.", show_default=False
+        ),
+    ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write OUT/tensorboard too.")
     ] = False,
@@ -77,10 +79,10 @@ def train(
     if show:
         _show(recipe, values or [])
         return
-    if processes != 1:
-        flags = {"--force": force, "--tensorboard": tensorboard, "--wandb": wandb}
-        given = [name for name, on in (flags | {"--quiet": quiet, "--json": json}).items() if on]
-        _launch(processes, recipe, values or [], [*(["--out", str(out)] if out else []), *given])
+    if processes is not None:
+        values = [*(values or []), f"processes={processes}"]
+    if "WORLD_SIZE" not in os.environ and _config(recipe, values or []).processes > 1:
+        _launch(recipe, values or [], out, force, tensorboard, wandb, quiet, json)
         return
     try:
         _train(recipe, values or [], out, force, tensorboard, wandb, quiet or not _first(), json)
@@ -92,22 +94,26 @@ def train(
         raise SystemExit(2) from None
 
 
-def _launch(processes: int, recipe: str | None, values: list[str], options: list[str]) -> None:
-    """Start this command in as many processes."""
+def _launch(
+    recipe: str | None,
+    values: list[str],
+    out: Path | None,
+    force: bool,
+    tensorboard: bool,
+    wandb: bool,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Start this command in as many processes as its config says."""
     from equipoise.lab.launch import launch
-    from equipoise.lab.processes import check_shared
 
-    if processes < 1:
-        raise EquipoiseError(f"--processes {processes}; it has to be at least 1.")
-    if "WORLD_SIZE" in os.environ:
-        raise EquipoiseError(
-            f"--processes {processes} in a process that a launcher started: leave it out, or start the "
-            "command by itself."
-        )
-    check_shared(_config(recipe, values), processes)
-    sets = [part for value in values for part in ("--set", value)]
-    command = [sys.executable, "-m", "equipoise", "train", str(recipe), *sets, *options]
-    launch(command, processes)
+    flags = {"--force": force, "--tensorboard": tensorboard, "--wandb": wandb}
+    flags |= {"--quiet": quiet, "--json": json}
+    options = [name for name, given in flags.items() if given]
+    options += [part for value in values for part in ("--set", value)]
+    options += [] if out is None else ["--out", str(out)]
+    command = [sys.executable, "-m", "equipoise", "train", str(recipe), *options]
+    launch(command, _config(recipe, values).processes)
 
 
 def _tell_launcher(message: str) -> None:

@@ -32,6 +32,8 @@ def check(config: Config) -> None:
     _rows(config)
     _text(config.data)
     _methods(config)
+    if config.processes > 1:
+        check_shared(config, config.processes)
 
 
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -60,7 +62,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: 0 <= value <= 1,
     ),
     ("seed", "from 0 to below 2^63", lambda value: 0 <= value < 2**63),
-    ("threads", "from 1 to 1024", lambda value: 1 <= value <= 1024),
+    ("threads processes", "from 1 to 1024", lambda value: 1 <= value <= 1024),
     ("optimizer.beta1 optimizer.beta2", "from 0 to below 1", lambda value: 0 <= value < 1),
 )
 
@@ -146,6 +148,44 @@ def _methods(config: Config) -> None:
     router = one(model.router)
     check_router(model, router)
     check_balance(config.balance, router)
+
+
+def check_shared(config: Config, count: int) -> None:
+    """Raise EquipoiseError where a config cannot be shared out over so many processes."""
+    if config.batch_rows % (config.micro_rows * count):
+        raise EquipoiseError(
+            f"batch_rows={config.batch_rows} cannot be shared out over {count} processes "
+            f"in micro-batches of micro_rows={config.micro_rows}."
+        )
+    if config.parallel == "fsdp2" and count == 1:
+        raise EquipoiseError(
+            "parallel=fsdp2 cuts the weights over processes, and there is one: start the run with "
+            "--processes N, or set it to ddp."
+        )
+    sharded = config.parallel == "fsdp2"
+    if config.expert_parallel:
+        if count == 1:
+            raise EquipoiseError(
+                "expert_parallel=true shares experts out over processes, and there is one: "
+                "start the run with --processes N, or set it to false."
+            )
+        if sharded or config.model.experts % count:
+            raise EquipoiseError(
+                f"expert_parallel=true with parallel={config.parallel} and model.experts="
+                f"{config.model.experts} over {count} processes: it takes parallel=ddp and "
+                "a multiple of the processes."
+            )
+    if one(config.model.router).name == "soft" and (sharded or config.expert_parallel):
+        raise EquipoiseError(
+            f"model.router={config.model.router!r} with parallel={config.parallel} and "
+            f"expert_parallel={config.expert_parallel}: its layers take parallel=ddp, and every "
+            "process all experts."
+        )
+    if sharded and config.optimizer.name == "muon":
+        raise EquipoiseError(
+            "optimizer.name=muon needs whole matrices, which parallel=fsdp2 cuts: use "
+            "parallel=ddp or optimizer.name=adamw."
+        )
 
 
 def _divides(small_name: str, small: int, large_name: str, large: int) -> None:

@@ -119,6 +119,8 @@ class Config:
     """What several processes do with the model."""
     expert_parallel: bool = False
     """Experts are shared out over the processes."""
+    processes: int = 1
+    """That share out a step; 1 takes as many as a launcher started."""
     threads: int = 1
     """Of a CPU process."""
     evaluate_every: int = 0

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, DataConfig
 from equipoise.lab.corpus import digest_of
+from equipoise.lab.launch import meetings
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.results import Result, folder_of
 from equipoise.lab.terms import RECOMMENDED, balancing
@@ -65,7 +67,7 @@ class Grid:
         before = _interrupted_by(signal.SIGTERM)
         try:
             while waiting or jobs:
-                while waiting and len(jobs) < self.workers:
+                while waiting and self._room(jobs, waiting[0]):
                     number += 1
                     jobs[number] = self._start(context, number, waiting.pop(0), news)
                 self._listen(news, jobs)
@@ -87,6 +89,11 @@ class Grid:
 
         for data in dict.fromkeys(config.data for config in waiting):
             load_corpus(data, self.say)
+
+    def _room(self, jobs: dict[int, _Job], config: Config) -> bool:
+        """For another run: one of several processes takes the place of as many, or of all."""
+        taken = sum(job.config.processes for job in jobs.values())
+        return not jobs or taken + config.processes <= self.workers
 
     def _start(self, context: Any, number: int, config: Config, news: Any) -> _Job:
         folder = folder_of(self.pool, config)
@@ -256,9 +263,35 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
 
     if orphaned():
         return
+    others = _others(text, folder, config.processes)
     try:
         news.put((number, "done", train(config, folder, save=False, progress=progress)))
+        for other in others:
+            other.join()
     except KeyboardInterrupt:
         news.put((number, "failed", "stopped; the same command goes on with it"))
     except (EquipoiseError, RuntimeError, ValueError, OSError) as error:
         news.put((number, "failed", f"{type(error).__name__}: {error}"))
+
+
+def _others(text: str, folder: str, processes: int) -> list[Any]:
+    """The other processes of a run, begun; this one is the first. They go with it."""
+    if processes == 1:
+        return []
+    context, places = mp.get_context("spawn"), meetings(processes)
+    os.environ.update(places[0])
+    begun = [
+        context.Process(target=_member, args=(text, folder, p), daemon=True) for p in places[1:]
+    ]
+    for process in begun:
+        process.start()
+    return begun
+
+
+def _member(text: str, folder: str, place: dict[str, str]) -> None:
+    """One of the other processes of a run; what goes wrong the first one says."""
+    os.environ.update(place)
+    from equipoise.lab.trainer import train
+
+    with suppress(EquipoiseError, RuntimeError, ValueError, OSError, KeyboardInterrupt):
+        train(Config.from_json(text), folder, save=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import uuid
 from collections.abc import Sequence
 
@@ -50,3 +51,13 @@ def launch(command: Sequence[str], processes: int) -> None:
                 "command goes on from the last checkpoint."
             ) from None
         raise SystemExit(failure.exitcode) from None
+
+
+def meetings(processes: int) -> list[dict[str, str]]:
+    """For each of several processes on this machine, the variables by which torchrun lets them meet."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(found.getsockname()[1])}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    common = {**place, **sizes, "OMP_NUM_THREADS": "1"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from equipoise.errors import EquipoiseError
+from equipoise.lab.checks import check_shared
 from equipoise.lab.config import Config
 from equipoise.lab.model import LanguageModel
-from equipoise.lab.terms import one
 from equipoise.nn import ParallelExperts
 
 
@@ -44,6 +44,11 @@ class Processes:
             torch.set_num_threads(config.threads)
             _keep_memory()
         self._check_device()
+        if config.processes not in (1, self.count):
+            raise EquipoiseError(
+                f"processes={config.processes}, and started were {self.count}: equipoise train starts as "
+                "many by itself; a launcher has to be told as many, or the setting left at 1."
+            )
         check_shared(config, self.count)
 
     def _check_device(self) -> None:
@@ -208,44 +213,6 @@ class Processes:
         said = [text for text in self.told(None if error is None else str(error)) if text]
         if said:
             raise EquipoiseError(said[0]) from error
-
-
-def check_shared(config: Config, count: int) -> None:
-    """Raise EquipoiseError where a config cannot be shared out over so many processes."""
-    if config.batch_rows % (config.micro_rows * count):
-        raise EquipoiseError(
-            f"batch_rows={config.batch_rows} cannot be shared out over {count} processes "
-            f"in micro-batches of micro_rows={config.micro_rows}."
-        )
-    if config.parallel == "fsdp2" and count == 1:
-        raise EquipoiseError(
-            "parallel=fsdp2 cuts the weights over processes, and there is one: start the run with "
-            "--processes N, or set it to ddp."
-        )
-    sharded = config.parallel == "fsdp2"
-    if config.expert_parallel:
-        if count == 1:
-            raise EquipoiseError(
-                "expert_parallel=true shares experts out over processes, and there is one: "
-                "start the run with --processes N, or set it to false."
-            )
-        if sharded or config.model.experts % count:
-            raise EquipoiseError(
-                f"expert_parallel=true with parallel={config.parallel} and model.experts="
-                f"{config.model.experts} over {count} processes: it takes parallel=ddp and "
-                "a multiple of the processes."
-            )
-    if one(config.model.router).name == "soft" and (sharded or config.expert_parallel):
-        raise EquipoiseError(
-            f"model.router={config.model.router!r} with parallel={config.parallel} and "
-            f"expert_parallel={config.expert_parallel}: its layers take parallel=ddp, and every "
-            "process all experts."
-        )
-    if sharded and config.optimizer.name == "muon":
-        raise EquipoiseError(
-            "optimizer.name=muon needs whole matrices, which parallel=fsdp2 cuts: use "
-            "parallel=ddp or optimizer.name=adamw."
-        )
 
 
 def _check_launched() -> None:

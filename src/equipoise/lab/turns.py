@@ -70,10 +70,11 @@ def measure(
 ) -> Turns:
     """Time the configs that `path` lacks, with all others, and keep the times there.
 
-    Times of one file are of the same rounds: with a config that is new all are taken again.
+    Times of one file are of the same rounds: with a config that is new all are taken again. Those of
+    several processes are left out: they wait for one another.
     """
     kept = Turns.read(path)
-    distinct = {_key(config): config.change({"seed": 0}) for config in configs}
+    distinct = {_key(c): c.change({"seed": 0}) for c in configs if c.processes == 1}
     if distinct.keys() <= kept.seconds.keys():
         return kept
     say(f"Timing {len(distinct)} configs in turns, {ROUNDS + WARM_UP} rounds of a step each.")

@@ -29,9 +29,14 @@ SIZES = (2, 4, 8, 16, 32, 64)
 LONGER = (128, 256, 512)
 """Rows of past steps, decayed, that the micro-batch is balanced with."""
 
+PROCESSES = (2, 4, 8)
+"""That add up their counts, each of micro-batches of a block."""
+SUBSET = "random subset, 8 processes"
+"""The published shuffle control: as many random tokens as one process has."""
+
 
 def configs(tier: str, seeds: int) -> list[Config]:
-    """Balance batches by size and by buffer, with controls. Micro-batches are of one domain."""
+    """Balance batches by size, over processes and by buffer, with controls; micro-batches of one domain."""
     base = small() if tier == "cpu" else gpu()
     block = base.data.block
     base = base.change(
@@ -49,7 +54,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
         "none": {},
         f"micro {block}": {"balance": _loss("micro")},
         "global": {"balance": _loss("global")},
-        f"micro {block}, mixed domains (shuffle control)": {
+        f"micro {block}, mixed domains": {
             "balance": _loss("micro"), "data.arrangement": "mixed"
         },
         "micro 64": {"balance": _loss("micro"), "micro_rows": 64},
@@ -59,6 +64,10 @@ def configs(tier: str, seeds: int) -> list[Config]:
         "micro 4": {"balance": _loss("micro"), "micro_rows": 4},
         "micro 16": {"balance": _loss("micro"), "micro_rows": 16},
         "micro 32": {"balance": _loss("micro"), "micro_rows": 32},
+        **{
+            _synchronised(n): {"balance": _loss("group"), "processes": n} for n in PROCESSES
+        },
+        SUBSET: {"balance": _loss("subset"), "processes": PROCESSES[-1]},
         "exact": {"balance": _loss("exact")},
         "previous": {"balance": _loss("previous")},
         "running": {"balance": _loss("running")},
@@ -81,7 +90,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
             f"micro {block}",
             "global",
             "exact",
-            f"micro {block}, mixed domains (shuffle control)",
+            f"micro {block}, mixed domains",
         )
         runs = {name: runs[name] for name in kept}
     return seeded([base.change({"name": n, **c}) for n, c in runs.items()], seeds)
@@ -89,6 +98,10 @@ def configs(tier: str, seeds: int) -> list[Config]:
 
 def _loss(scope: str, weight: float = 0.1) -> str:
     return f"switch(scope={scope}, weight={weight:g})"
+
+
+def _synchronised(processes: int) -> str:
+    return f"synchronised, {processes} processes"
 
 
 def _longer(rows: int) -> str:
@@ -105,6 +118,8 @@ def write(page: Page, results: Results) -> None:
     first_rows = (
         "none",
         *(f"micro {n}" for n in SIZES),
+        *map(_synchronised, PROCESSES),
+        SUBSET,
         "exact",
         "previous",
         *map(_longer, LONGER),
@@ -128,16 +143,18 @@ def write(page: Page, results: Results) -> None:
     )
     page.text(
         """Scope `micro n`: the Switch loss (weight 0.1 unless said) over a micro-batch of n rows, which
-        come from one domain up to 8 rows, and from n / 8 domains, drawn anew each step, above; what
-        several processes that add up their counts do is the same arithmetic, as the conformance tests
-        show. `global`: the rolling buffer over the micro-batches of a step, as published: each is
+        come from one domain up to 8 rows, and from n / 8 domains, drawn anew each step, above.
+        `synchronised`: so many processes have a micro-batch of 8 rows each at a time and add up its counts,
+        as published: the rows and the arithmetic of `micro` 16, 32 and 64 in other passes. `random subset`:
+        the published shuffle control, of the 64 rows of 8 processes as many random tokens as one of them
+        has. `global`: the rolling buffer over the micro-batches of a step, as published: each is
         balanced with those before it, the first by itself. `exact`: counted over the whole step before
         it, so that it is `micro 64` in smaller passes, and what the two differ by is rounding, grown over
         the run: one draw of it, so that differences of that size, or a few times it, mean nothing.
         `previous`: the counts of the step before,
         `running`: of past steps with a decay of 0.9 a step, or so decayed that as many rows as the name says
-        are left, each with the micro-batch itself, both without a second pass. Shuffle control: micro-batches
-        of 8 rows with one of every domain, more even than the random subsets of the paper. Specialisation:
+        are left, each with the micro-batch itself, both without a second pass. Mixed domains:
+        micro-batches of 8 rows with one of every domain, more even than random subsets. Specialisation:
         generalised Jensen-Shannon divergence of the domains' expert shares. Selected scores: mean sum of a
         token's top-k, which compares rows of one router only: the biases have a sigmoid's, the others a
         softmax's. Losses in nats per token, mean of the domains; MaxVio_batch:
@@ -177,6 +194,16 @@ def findings(results: Results) -> list[str]:
     if len(sizes) > 1:
         told = ", ".join(f"{value:.3f} over {n}" for n, value in sizes)
         found.append(f"Specialisation by the rows that are balanced over: {told}.")
+    both = [
+        (special[_synchronised(n)], n, special[f"micro {8 * n}"], 8 * n)
+        for n in PROCESSES
+        if {_synchronised(n), f"micro {8 * n}"} <= special.keys()
+    ]
+    if both:
+        told = "; ".join(
+            f"{a:.3f} over {n} processes, {b:.3f} over {rows}" for a, n, b, rows in both
+        )
+        found.append(f"Counts added up by processes, beside micro-batches of as many rows: {told}.")
     if {"exact", "micro 64"} <= special.keys():
         found.append(
             f"Rounding alone: `exact` and `micro 64` differ by "
@@ -199,13 +226,14 @@ def findings(results: Results) -> list[str]:
         "That the buffer, whose first micro-batches stand alone, lets them specialise less than counts "
         "of the whole step",
     )
-    control = "micro 8, mixed domains (shuffle control)"
+    control = "micro 8, mixed domains"
     found += _against(
         special,
         "micro 8",
         control,
-        "That the diversity of the tokens counts (specialisation; shuffle control)",
+        "That the diversity of the tokens counts (specialisation; a row of every domain)",
     )
+    found += _against(special, "micro 8", SUBSET, "That it does as published, too (random subset)")
     found += _against(
         {n: run.final.max_vio for n, run in first.items()}, "sign bias, global", "sign bias, micro",
         "That a bias balances worse by micro-batches (MaxVio_global; the signs of unlike micro-batches "
@@ -293,7 +321,7 @@ EXPERIMENT = Experiment(
         and single runs of a few million tokens order losses otherwise;""",
         """that micro-batches of one domain are what trainers have: they are the extreme case, chosen so
         that the effect shows;""",
-        "step times of a data-parallel run: one process has no communication to wait for;",
+        "step times of a data-parallel run: those of several processes are not taken;",
         """anything of steps of more than 64 rows (the paper: to 512): the longer buffers hold what earlier
         weights selected;""",
         """how many experts specialise by the published thresholds (0.15 and 0.2 of a domain's
