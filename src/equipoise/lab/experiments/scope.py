@@ -194,16 +194,18 @@ def findings(results: Results) -> list[str]:
     if len(sizes) > 1:
         told = ", ".join(f"{value:.3f} over {n}" for n, value in sizes)
         found.append(f"Specialisation by the rows that are balanced over: {told}.")
-    both = [
-        (special[_synchronised(n)], n, special[f"micro {8 * n}"], 8 * n)
-        for n in PROCESSES
-        if {_synchronised(n), f"micro {8 * n}"} <= special.keys()
+    pairs = [(_synchronised(n), f"micro {8 * n}") for n in PROCESSES]
+    told = [
+        f"{ours} {special[ours]:.3f} (loss {first[ours].final.loss:.3f}), {theirs} "
+        f"{special[theirs]:.3f} ({first[theirs].final.loss:.3f})"
+        for ours, theirs in pairs
+        if {ours, theirs} <= special.keys()
     ]
-    if both:
-        told = "; ".join(
-            f"{a:.3f} over {n} processes, {b:.3f} over {rows}" for a, n, b, rows in both
+    if told:
+        found.append(
+            "Counts added up by processes, beside micro-batches of as many rows, which differ by rounding "
+            f"alone: {'; '.join(told)}."
         )
-        found.append(f"Counts added up by processes, beside micro-batches of as many rows: {told}.")
     if {"exact", "micro 64"} <= special.keys():
         found.append(
             f"Rounding alone: `exact` and `micro 64` differ by "
