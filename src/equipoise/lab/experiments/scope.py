@@ -195,16 +195,16 @@ def findings(results: Results) -> list[str]:
         told = ", ".join(f"{value:.3f} over {n}" for n, value in sizes)
         found.append(f"Specialisation by the rows that are balanced over: {told}.")
     pairs = [(_synchronised(n), f"micro {8 * n}") for n in PROCESSES]
-    told = [
+    beside = [
         f"{ours} {special[ours]:.3f} (loss {first[ours].final.loss:.3f}), {theirs} "
         f"{special[theirs]:.3f} ({first[theirs].final.loss:.3f})"
         for ours, theirs in pairs
         if {ours, theirs} <= special.keys()
     ]
-    if told:
+    if beside:
         found.append(
             "Counts added up by processes, beside micro-batches of as many rows, which differ by rounding "
-            f"alone: {'; '.join(told)}."
+            f"alone: {'; '.join(beside)}."
         )
     if {"exact", "micro 64"} <= special.keys():
         found.append(
