@@ -36,6 +36,7 @@ def state_dict(handle: Handle) -> dict[str, Any]:
         "weight_controllers": [_cloned(state) for state in steps.weight_states],
         "last": None if steps.last is None else steps.last.clone(),
         "gradient_share": handle.measures.gradient_share_L.clone(),
+        "probes": [p and [part.clone() for part in p] for p in book.meters.probes],
         "parts": {part.name: part.state_dict() for part in handle.parts},
         "generators": [[seed, g.get_state()] for seed, g in book.generators.items()],
     }
@@ -80,6 +81,7 @@ def load_state_dict(handle: Handle, state: dict[str, Any]) -> None:
     steps.weight_states = [_cloned(s, device) for s in state["weight_controllers"]]
     steps.last = None if state["last"] is None else state["last"].to(device)
     handle.measures.gradient_share_L = state["gradient_share"].to(device)
+    book.meters.probes = [p and (p[0].to(device), p[1].to(device)) for p in state["probes"]]
     for seed, generator in state["generators"]:
         book.generator(seed).set_state(generator)
 
@@ -89,6 +91,7 @@ _KEYS = {"layers", "losses", "controller", "step", "biases", "controllers", "sco
     "weight_controllers",
     "last",
     "gradient_share",
+    "probes",
     "generators",
 }
 
