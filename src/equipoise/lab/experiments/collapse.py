@@ -29,7 +29,7 @@ def configs(tier: str, seeds: int) -> list[Config]:
         {
             "model.router": router,
             "model.init_std": 0.02,
-            "tokens": 3_000_000 if tier == "cpu" else 50_000_000,
+            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
         }
     )
     conditions: dict[str, dict[str, object]] = {
