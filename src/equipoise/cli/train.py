@@ -76,11 +76,11 @@ def train(
     if names:
         _list()
         return
+    if processes is not None:
+        values = [*(values or []), f"processes={processes}"]
     if show:
         _show(recipe, values or [])
         return
-    if processes is not None:
-        values = [*(values or []), f"processes={processes}"]
     if "WORLD_SIZE" not in os.environ and _config(recipe, values or []).processes > 1:
         _launch(recipe, values or [], out, force, tensorboard, wandb, quiet, json)
         return
