@@ -3,7 +3,7 @@
 One optimizer step of the CPU tier's model (`recipe("small")`: forward, backward, clipping, AdamW) over
 that of transformers' OLMoE of the same shape with its grouped experts, on the same tokens; the two models
 have the same parameters but for OLMoE's query and key norms. Of the lab, the model's step alone, and a step
-of `equipoise train`: with reading the rows, counting the load, and noting both. And the shares of a step that
+of `equipoise train`, which reads its rows, counts the load, and notes both. And the shares of a step that
 reading and counting take. Each trains in a process of its own, set up as its users have it; a round is a
 step of each.
 
@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -207,7 +207,8 @@ class Other:
             pipe.send(go_on)
 
     def __exit__(self, *_: object) -> None:
-        self._tell(False)
+        with suppress(OSError):  # one that has failed has said why
+            self._tell(False)
         for process in self._processes:
             process.join()
 

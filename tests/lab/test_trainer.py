@@ -50,7 +50,6 @@ def stopped_at(step: int) -> Callable[[Progress], None]:
     return progress
 
 
-STEP = "balance/step"
 METHODS = {
     "nothing": {},
     "sign": {"balance": "switch(weight=0.01) + sign(rate=0.01)", "model__router": "sigmoid"},
@@ -586,7 +585,7 @@ def test_metrics_hold_a_row_a_step_whose_counts_sum_to_the_selections(
         sinks=[lambda metrics, _: sunk.append(dict(metrics))],
     )
     table = RunFolder(tmp_path / "a").metrics()
-    assert table.column_names[:10] == [
+    assert table.column_names == [
         "step",
         "tokens",
         "loss",
@@ -606,12 +605,6 @@ def test_metrics_hold_a_row_a_step_whose_counts_sum_to_the_selections(
     assert all(0 < share < 1 for share in table["dropped_share"].to_pylist())
     assert [now.step for now in seen] == [1, 2, 3, 4, 5, 6]
     assert [row["train/loss"] for row in sunk] == table["loss"].to_pylist()
-    balance = table.column_names[10:]
-    assert balance == [
-        n for n in sunk[-1] if "train/" not in n and "/layer_" not in n and n != STEP
-    ]
-    for name in balance:
-        assert table[name].to_pylist() == [row.get(name) for row in sunk]
     assert sunk[-1]["train/max_vio"] == seen[-1].max_vio
     assert seen[-1].seconds_left == 0
 
@@ -683,8 +676,15 @@ def test_a_bias_that_the_router_has_no_place_for_is_kept_with_the_weights(
 
 
 def test_balancing_s_measures_stand_beside_the_load(configure: Configure, tmp_path: Path) -> None:
-    train(configure(balance="sign(rate=0.01)", trace=False), tmp_path / "a", save=False)
+    sunk: list[dict[str, float]] = []
+    config = configure(balance="switch(weight=0.01) + sign(rate=0.01)", trace=False)
+    train(config, tmp_path / "a", save=False, sinks=[lambda found, _: sunk.append(dict(found))])
     table = RunFolder(tmp_path / "a").metrics()
+    balance = {name for name in table.column_names if name.startswith("balance/")}
+    told = {name for name in sunk[-1] if "train/" not in name and "/layer_" not in name}
+    assert balance == told - {"balance/step"}
+    for name in balance:
+        assert table[name].to_pylist() == [row.get(name) for row in sunk]
     assert table["balance/max_vio"].to_pylist() == pytest.approx(table["max_vio"].to_pylist())
     churn = table["balance/churn"].to_pylist()
     assert churn[0] is None  # the first step has none before it

@@ -51,6 +51,7 @@ class Measures:
     def take(self, flat: Tensor) -> None:
         """Keep a step's counts and running sums; nothing is computed before `last` is asked."""
         meters = self._handle.book.meters
+        # Still of the step before, also where that one was before a checkpoint.
         self._before, self._flat = self._handle.steps.last, flat
         self._values = meters.values.clone()
         self._valued = torch.tensor(meters.valued, dtype=torch.float32).reshape(self._values.shape)

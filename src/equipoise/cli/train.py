@@ -81,8 +81,10 @@ def train(
     if show:
         _show(recipe, values or [])
         return
-    if "WORLD_SIZE" not in os.environ and _config(recipe, values or []).processes > 1:
-        _launch(recipe, values or [], out, force, tensorboard, wandb, quiet, json)
+    if "WORLD_SIZE" not in os.environ and (count := _config(recipe, values or []).processes) > 1:
+        from equipoise.lab.launch import launch
+
+        launch([sys.executable, "-m", "equipoise", *sys.argv[1:]], count)
         return
     try:
         _train(recipe, values or [], out, force, tensorboard, wandb, quiet or not _first(), json)
@@ -92,28 +94,6 @@ def train(
             raise
         time.sleep(SECONDS_TO_TELL)  # the launcher stops all as soon as one has ended
         raise SystemExit(2) from None
-
-
-def _launch(
-    recipe: str | None,
-    values: list[str],
-    out: Path | None,
-    force: bool,
-    tensorboard: bool,
-    wandb: bool,
-    quiet: bool,
-    json: bool,
-) -> None:
-    """Start this command in as many processes as its config says."""
-    from equipoise.lab.launch import launch
-
-    flags = {"--force": force, "--tensorboard": tensorboard, "--wandb": wandb}
-    flags |= {"--quiet": quiet, "--json": json}
-    options = [name for name, given in flags.items() if given]
-    options += [part for value in values for part in ("--set", value)]
-    options += [] if out is None else ["--out", str(out)]
-    command = [sys.executable, "-m", "equipoise", "train", str(recipe), *options]
-    launch(command, _config(recipe, values).processes)
 
 
 def _tell_launcher(message: str) -> None:

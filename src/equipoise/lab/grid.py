@@ -220,8 +220,8 @@ def check_terms(configs: Sequence[Config], pool: Path) -> None:
             continue
         model = LanguageModel(config.model, config.data.vocab_size)
         now = [repr(term) for term in balancing(RECOMMENDED, model)]
-        before = result.environment.get("recommended")
-        if before is not None and before != now:
+        before = result.environment.get("recommended", [])
+        if before != now:
             raise EquipoiseError(
                 f"{result.path} is of {_name(config)}, whose balance=recommended stood for "
                 f"{' + '.join(before)}, and now stands for {' + '.join(now)}: remove it, and it will be "

@@ -67,9 +67,10 @@ class Processes:
             )
 
     def check_memory(self, parameters: int) -> None:
-        """Raise EquipoiseError where weights, gradients and two moments of them do not fit here."""
+        """Raise EquipoiseError where weights, gradients and the optimizer's moments do not fit here."""
         shared = self.count if self.sharded or self.config.expert_parallel else 1
-        needed, held = 16 * parameters // shared, self._memory()
+        numbers = 3 if self.config.optimizer.name == "muon" else 4  # of 4 bytes, for each parameter
+        needed, held = 4 * numbers * parameters // shared, self._memory()
         if held is not None and needed > held:
             model = self.config.model
             raise EquipoiseError(

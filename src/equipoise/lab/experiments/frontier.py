@@ -83,9 +83,10 @@ PLAIN_BIAS = "quantile"
 """The leader without a rate."""
 WHOLE_STEP = {"switch by whole step 0.1": "switch(scope=exact, weight=0.1)"}
 """With 16 experts in paired seeds, too: the loss on the counts that a bias has."""
-LONGER, LONGER_EXPERTS = 5_000_000, 64
-"""Tokens and experts of longer runs in paired seeds: whether what is found lasts."""
-LENGTH = f", {LONGER // 1_000_000} M tokens"
+TOKENS, LONGER, LONGER_EXPERTS = 2_000_000, 5_000_000, 64
+"""Of a run; and tokens and experts of longer runs in paired seeds: whether what is found lasts."""
+SHORT, LONG = (f"{tokens // 1_000_000} M" for tokens in (TOKENS, LONGER))
+LENGTH = f", {LONG} tokens"
 """At the end of their group's name."""
 LONGER_METHODS = (REFERENCE, STRONG, "quantile by histogram")
 """The published loss, the stronger one, and the bias that `recommended` gives."""
@@ -102,7 +103,7 @@ def base(experts: int, tier: str = "cpu", router: str = ROUTER) -> Config:
             **sizes,
             "model.experts": experts,
             "model.router": router,
-            "tokens": 2_000_000 if tier == "cpu" else 100_000_000,
+            "tokens": TOKENS if tier == "cpu" else 100_000_000,
             "evaluation_tokens": 50_000,
             "trace": False,
         }
@@ -294,8 +295,8 @@ def lasting(groups: Groups) -> list[str]:
         if name != STRONG and all(len(differences) >= SEEDS for differences in ends):
             told.append(f"{name} {verdict(ends[0])}, then {verdict(ends[1])}")
     return [
-        f"""Whether it lasts, loss against {STRONG} with {LONGER_EXPERTS} experts after 2 M tokens and at the
-        end of runs of {LONGER // 1_000_000} M, over which the learning rate falls:
+        f"""Whether it lasts, loss against {STRONG} with {LONGER_EXPERTS} experts after {SHORT} tokens and at
+        the end of runs of {LONG}, over which the learning rate falls:
         {"; ".join(told)}."""
     ] * bool(told)
 
@@ -370,8 +371,8 @@ EXPERIMENT = Experiment(
         it;""",
         """that the weights suit other depths: losses are means over the layers, of which there are four
         here;""",
-        f"""that balance lowers the loss, or raises it, in runs of more than {LONGER // 1_000_000} M tokens,
-        or of more than 2 M with methods and numbers of experts that were not run so long;""",
+        f"""that balance lowers the loss, or raises it, in runs of more than {LONG} tokens,
+        or of more than {SHORT} with methods and numbers of experts that were not run so long;""",
         """effects of the softmax router, of capacity, or of expert parallelism.""",
     ),
 )

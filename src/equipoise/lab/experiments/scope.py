@@ -141,25 +141,7 @@ def write(page: Page, results: Results) -> None:
         ),
         [_row(page, name, list(runs), results) for name, runs in results.items()],
     )
-    page.text(
-        """Scope `micro n`: the Switch loss (weight 0.1 unless said) over a micro-batch of n rows, which
-        come from one domain up to 8 rows, and from n / 8 domains, drawn anew each step, above.
-        `synchronised`: so many processes have a micro-batch of 8 rows each at a time and add up its counts,
-        as published: the rows and the arithmetic of `micro` 16, 32 and 64 in other passes. `random subset`:
-        the published shuffle control, of the 64 rows of 8 processes as many random tokens as one of them
-        has. `global`: the rolling buffer over the micro-batches of a step, as published: each is
-        balanced with those before it, the first by itself. `exact`: counted over the whole step before
-        it, so that it is `micro 64` in smaller passes, and what the two differ by is rounding, grown over
-        the run: one draw of it, so that differences of that size, or a few times it, mean nothing.
-        `previous`: the counts of the step before,
-        `running`: of past steps with a decay of 0.9 a step, or so decayed that as many rows as the name says
-        are left, each with the micro-batch itself, both without a second pass. Mixed domains:
-        micro-batches of 8 rows with one of every domain, more even than random subsets. Specialisation:
-        generalised Jensen-Shannon divergence of the domains' expert shares. Selected scores: mean sum of a
-        token's top-k, which compares rows of one router only: the biases have a sigmoid's, the others a
-        softmax's. Losses in nats per token, mean of the domains; MaxVio_batch:
-        mean of the last tenth of the steps. With several seeds means and 95 % intervals."""
-    )
+    page.text(READING)
     page.step_times("no balancing in micro-batches of 8 rows")
     page.bullets(*findings(results))
     first = first_seed(results)
@@ -179,6 +161,21 @@ def write(page: Page, results: Results) -> None:
         page.figure("frequency", _FREQUENCY, lambda path: _draw_frequency(first, path))
 
 
+READING = """Scope `micro n`: the Switch loss (weight 0.1 unless said) over a micro-batch of n rows, which
+come from one domain up to 8 rows, and from n / 8 domains, drawn anew each step, above. `synchronised`: so
+many processes have a micro-batch of 8 rows each at a time and add up its counts, as published: the rows
+and the arithmetic of `micro` 16, 32 and 64 in other passes. `random subset`: the published shuffle
+control, of the 64 rows of 8 processes as many random tokens as one of them has. `global`: the rolling
+buffer over the micro-batches of a step, as published: each is balanced with those before it, the first by
+itself. `exact`: counted over the whole step before it, so that it is `micro 64` in smaller passes, and
+what the two differ by is rounding, grown over the run: one draw of it, so that differences of that size,
+or a few times it, mean nothing. `previous`: the counts of the step before, `running`: of past steps with
+a decay of 0.9 a step, or so decayed that as many rows as the name says are left, each with the
+micro-batch itself, both without a second pass. Mixed domains: micro-batches of 8 rows with one of every
+domain, more even than random subsets. Specialisation: generalised Jensen-Shannon divergence of the
+domains' expert shares. Selected scores: mean sum of a token's top-k, which compares rows of one router
+only: the biases have a sigmoid's, the others a softmax's. Losses in nats per token, mean of the domains;
+MaxVio_batch: mean of the last tenth of the steps. With several seeds means and 95 % intervals."""
 _SIZE = """Specialisation and held-out loss against the rows over which load is balanced: those of a
 micro-batch, and those that are left of past steps; the dashed line is the buffer of a step (seed 0)."""
 _FREQUENCY = """Share of every expert by domain in the middle MoE layer; a fair share is one part
