@@ -23,15 +23,8 @@ SWITCH = "switch(scope=global, weight=0.01)"
 
 def configs(tier: str, seeds: int) -> list[Config]:
     """The base with and without the Switch loss; without it, one condition changed at a time."""
-    base = small() if tier == "cpu" else gpu()
-    router = "softmax(weighting=scores)"
-    base = base.change(
-        {
-            "model.router": router,
-            "model.init_std": 0.02,
-            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
-        }
-    )
+    base = small() if tier == "cpu" else gpu().change({"tokens": 50_000_000})
+    base = base.change({"model.router": "softmax(weighting=scores)", "model.init_std": 0.02})
     conditions: dict[str, dict[str, object]] = {
         "no balancing": {},
         "Switch loss 0.01": {"balance": SWITCH},

@@ -41,7 +41,6 @@ def configs(tier: str, seeds: int) -> list[Config]:
     block = base.data.block
     base = base.change(
         {
-            "tokens": 2_000_000 if tier == "cpu" else base.tokens,
             "evaluation_tokens": 100_000,
             "data.arrangement": "domain",
             "micro_rows": block,
