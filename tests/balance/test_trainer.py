@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from equipoise.balance import (
     attach,
 )
 from equipoise.errors import EquipoiseError
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -600,9 +599,8 @@ def sequential_run(folder: Path, rows_per_rank: int) -> dict[str, Any]:
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     """The group is bound when training begins; launched as torchrun does, attached before that."""
     code = f"""
-import sys, torch
+import torch
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 torch.set_num_threads(1)
 from tests.balance import test_trainer as t
 import importlib
@@ -615,14 +613,7 @@ torch.distributed.destroy_process_group()
 """
     script = tmp_path / "script.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*command, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    torchrun(script)
     one = sequential_run(tmp_path / "one", 8)
     for rank in range(2):
         found = torch.load(tmp_path / f"found-{rank}.pt")

@@ -8,8 +8,6 @@ is what the tests start, once; each rank writes FOLDER/rank-<n>.pt.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -34,10 +32,10 @@ from equipoise.balance import (
 )
 from equipoise.errors import EquipoiseError
 from tests.balance.conformance.models import ROWS, batch, build
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, DEAD = 6, 3
 FAMILIES = ("mixtral", "deepseek_v3")
 Wrap = Callable[[Any], Any]
@@ -170,19 +168,7 @@ def main(folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = ["--nproc-per-node", "2", "-m", "tests.balance.test_two_processes", str(folder)]
-    path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
-    done = subprocess.run(
-        [*command, *worker],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun("-m", "tests.balance.test_two_processes", folder)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +9,11 @@ import pytest
 import torch
 
 from equipoise.balance import Bias, Handle, Loss, Quantile, QuantileHistogram, Sign, attach
+from tests.torchrun import torchrun
 
 from .test_attach_api import backward, batch
 from .test_trainer import mixtral
 
-ROOT = Path(__file__).resolve().parents[2]
 CONTROLLERS = {
     "Quantile": Quantile(ema=0.5),
     "QuantileHistogram": QuantileHistogram(adaptive=True),
@@ -141,15 +138,7 @@ dist.destroy_process_group()
 def test_two_ranks_discard_together_and_none_counts_alone(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    torchrun(script, tmp_path, seconds=120)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for found in ranks:
         assert "2 processes run, but attach() came before" in found["early"]

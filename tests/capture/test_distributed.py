@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,8 @@ import torch
 import equipoise
 from equipoise import TraceError
 from tests.capture.tiny import olmoe, tokens
+from tests.torchrun import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCHES = 6
 
 WORKER = f"""
@@ -54,24 +51,16 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> equipoise.Trace:
     return equipoise.open(path)
 
 
-def torchrun(mode: str, path: Path) -> equipoise.Trace:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def recorded(mode: str, path: Path) -> equipoise.Trace:
     script = path.parent / "worker.py"
     script.write_text(WORKER)
-    subprocess.run(
-        [*command, "--nproc-per-node", "2", str(script), mode, str(path)],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        capture_output=True,
-    )
+    torchrun(script, mode, path)
     return equipoise.open(path)
 
 
 @pytest.mark.distributed
 def test_data_parallel_ranks_add_up_to_one_process(single: equipoise.Trace, tmp_path: Path) -> None:
-    both = torchrun("data", tmp_path / "t")
+    both = recorded("data", tmp_path / "t")
     assert both.meta["world_size"] == 2
     assert both.meta["status"] == "complete"
     assert (both.counts_LE == single.counts_LE).all()
@@ -93,7 +82,7 @@ def test_data_parallel_ranks_add_up_to_one_process(single: equipoise.Trace, tmp_
 def test_ranks_that_see_the_same_tokens_count_once(single: equipoise.Trace, tmp_path: Path) -> None:
     """Real tensor parallelism: transformers shards attention and experts over both ranks."""
     olmoe().save_pretrained(tmp_path / "t-model")
-    both = torchrun("tensor", tmp_path / "t")
+    both = recorded("tensor", tmp_path / "t")
     assert (both.counts_LE == single.counts_LE).all()
     assert (both.expert_ids_TLK == single.expert_ids_TLK).all()
     assert both.sequences.num_rows == BATCHES
@@ -103,4 +92,4 @@ def test_ranks_that_see_the_same_tokens_count_once(single: equipoise.Trace, tmp_
 @pytest.mark.distributed
 def test_ranks_said_to_see_the_same_tokens_that_did_not_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="ranks 0 and 1 are said to see the same tokens"):
-        torchrun("torn", tmp_path / "t")
+        recorded("torn", tmp_path / "t")

@@ -18,6 +18,7 @@ from equipoise.lab import Config, load, train
 from equipoise.lab.config import flat
 from equipoise.lab.folder import RunFolder
 from tests.lab.made_up import SMALL
+from tests.torchrun import torchrun
 
 pytestmark = [pytest.mark.distributed]
 
@@ -69,17 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     ]
     file = folder / "cases.json"
     file.write_text(json.dumps([(name, way, config.to_json()) for name, way, config in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(
-        [*command, "-m", "tests.lab.worker", str(file)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=Path(__file__).parents[2],
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    torchrun("-m", "tests.lab.worker", file, seconds=400)
     return folder
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -19,8 +14,7 @@ from equipoise.nn.layer import MoELayer
 from equipoise.nn.limiter import Capacity
 from equipoise.nn.routers import TopKRouter
 from equipoise.routing import NO_EXPERT
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import torchrun
 
 
 def layer(seed=0, **options):
@@ -276,16 +270,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[torch
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    run = subprocess.run(
-        [*command, "2", str(script), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    torchrun(script, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
