@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from equipoise.cli import main
+from equipoise.cli.train import _idle_cores
 from equipoise.errors import EquipoiseError
 from equipoise.lab import RECIPES, load, recipe
 from equipoise.lab.folder import RunFolder
@@ -118,6 +119,35 @@ def test_a_run_ends_with_its_losses_what_it_wrote_and_the_next_command(
     assert code == 0
     assert "runs/tiny is finished: nothing to do." in err
     assert "Mean loss" in out
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "said"),
+    [
+        (2, 1, "Cores in use: 1 of 2. --processes 2 shares each step out over 2."),
+        (3, 1, "Cores in use: 1 of 3. --processes 2 shares each step out over 2."),
+        (9, 2, "Cores in use: 2 of 9. --processes 4 shares each step out over 8."),
+        (2, 2, ""),
+        (1, 1, ""),
+    ],
+)
+def test_cores_left_idle_are_told_of_with_as_many_processes_as_share_four_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, said: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = recipe("small", {"batch_rows": 64, "micro_rows": 16, "threads": threads})
+    assert _idle_cores(config) == said
+
+
+def test_a_run_that_has_begun_is_not_told_to_take_other_processes(
+    run: Any, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = ("--out", tmp_path / "a", "--quiet")
+    assert "--processes 2 " in run("tiny", *settings, *out).err
+    assert "--processes" not in run("tiny", *settings, *out).err
 
 
 def test_json_is_the_result_alone(run: Any, settings: list[str], tmp_path: Path) -> None:

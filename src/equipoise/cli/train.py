@@ -169,6 +169,8 @@ def _train(
     count = int(os.environ.get("WORLD_SIZE", "1"))
     on = f" on {count} processes" if count > 1 else ""
     tell(f"Training {config.name}{on}: {config.steps:,} steps of {config.step_tokens:,} tokens.")
+    if count == 1 and not (path / "config.json").exists() and (hint := _idle_cores(config)):
+        tell(hint)
     with _stopped(path, tell), ExitStack() as stack:
         sinks = [stack.enter_context(logger) for logger in logging_to]
         update = stack.enter_context(progress("steps", quiet=quiet, bar_width=5))
@@ -182,6 +184,23 @@ def _train(
         result = train(config, path, force=force, sinks=sinks, progress=shown, say=tell)
     if _first():
         _report(path, result, json, new=new)
+
+
+def _idle_cores(config: Config) -> str:
+    """How one process on a CPU could share its steps with the cores that it leaves idle, if it can."""
+    import torch
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    most = cores // config.threads
+    parts = config.batch_rows // config.micro_rows
+    count = max((n for n in range(1, most + 1) if parts % n == 0), default=1)
+    if torch.cuda.is_available() or count == 1:
+        return ""
+    return (
+        f"Cores in use: {config.threads} of {cores}. --processes {count} shares each step out over "
+        f"{config.threads * count}."
+    )
 
 
 def _settings(values: list[str]) -> dict[str, str]:
