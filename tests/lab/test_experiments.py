@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -75,6 +76,13 @@ def test_an_experiment_becomes_a_page_with_its_figures(
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
     pages.write_page(experiment, configs, tmp_path, "cpu")
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
+    taken = {
+        "environment": Result(configs[0], folder_of(tmp_path / "runs", configs[0])).environment,
+        "seconds": {identity(config): [1.0, 2.0] for config in configs[:3]},
+    }
+    pages.turns_of(tmp_path / "runs", experiment, "cpu").write_text(json.dumps(taken))
+    timed = pages.write_page(experiment, configs, tmp_path, "cpu").read_text()
+    assert ("Step times: " in timed) == experiment.timed
 
 
 @pytest.mark.slow

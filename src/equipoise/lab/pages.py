@@ -90,7 +90,8 @@ def run_experiment(
         return write_page(experiment, configs, Path(out), tier, seeds)
     try:
         Grid(configs, pool, workers or (1 if tier == "gpu" else os.cpu_count() or 1), say).run()
-        measure(configs, turns_of(pool, experiment, tier), say)
+        if experiment.timed:
+            measure(configs, turns_of(pool, experiment, tier), say)
     finally:
         if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
             path = write_page(experiment, configs, Path(out), tier, seeds)

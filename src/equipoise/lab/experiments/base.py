@@ -91,6 +91,8 @@ class Experiment:
     """What may not be concluded."""
     measure: Measure | None = None
     """What is done in place of training runs: its points go to <page>.json in the folder of runs."""
+    timed: bool = True
+    """The page tells step times: they are taken in turns when the grid is done."""
 
 
 def draw_load(

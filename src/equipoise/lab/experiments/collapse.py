@@ -212,4 +212,5 @@ EXPERIMENT = Experiment(
         more than its name where it has to (more experts are more parameters, top-1 is less compute,
         the last row changes three things).""",
     ),
+    timed=False,
 )
