@@ -45,6 +45,7 @@ FINISHED = (
     "expert choice, chunks of 8",
     "expert choice, chunks of 8, shuffled",
     "soft MoE",
+    "expert threshold",
     "life cycle, core and reserve",
     "capacity 1.25, drop",
 )
@@ -73,6 +74,12 @@ def test_a_page_is_made_of_the_runs_there_are(tmp_path: Path, configure: Configu
         assert (tmp_path / part.partition(")")[0]).exists()
     assert 0 < found["capacity 1.25, drop"].dropped_share < 1
     assert np.isnan(found["life cycle, core and reserve"].dropped_share)
+    assert np.isnan(found["life cycle, core and reserve"].unchosen_share)
+    unchosen = [n for n in FINISHED if not np.isnan(found[n].unchosen_share)]
+    assert unchosen == [*FINISHED[:2], "expert threshold"]
+    assert all(0 < found[n].unchosen_share < 1 for n in unchosen)
+    for name in unchosen:
+        assert f" | {100 * found[name].unchosen_share:.1f} % |" in text[text.index(f"| {name} |") :]
     events = found["life cycle, core and reserve"].summary["events"]
     assert [e["expert"] for e in events if e["what"] == "reserved"] == 2 * list(range(8, 16))
     out = sum(

@@ -197,12 +197,12 @@ def _passes(
     """Sums over the passes: losses [D], selected scores [D, L], float64, selections [D, L, E]."""
     device = next(model.parameters()).device
     losses_D = torch.zeros(len(domains), dtype=torch.float64, device=device)
-    counts_LE, sums_L = meter.take()
+    counts_LE, sums_L, _ = meter.take()
     counts_DLE = counts_LE.new_zeros(len(domains), *counts_LE.shape)
     sums_DL = sums_L.new_zeros(len(domains), *sums_L.shape)
     for done, (domain, part) in enumerate(parts):
         losses_D[domain] += _losses(model, part.to(device), recorder, domains[domain])
-        counts_LE, sums_L = meter.take()
+        counts_LE, sums_L, _ = meter.take()
         counts_DLE[domain] += counts_LE
         sums_DL[domain] += sums_L
         told(done + 1, len(parts))

@@ -47,6 +47,8 @@ class Step:
     counts_LE: NDArray[np.int64]
     dropped_share: float | None
     """None where nothing limits the load."""
+    unchosen_share: float | None
+    """Of the tokens, those without an expert, mean over layers; None where each has as many as another."""
 
 
 class Journal:
@@ -84,8 +86,11 @@ class Journal:
             "max_vio_floor": step_floor(self.config) if counts_LE.size else math.nan,
             "counts": counts_LE.ravel().astype(np.int64),
         }
-        if step.dropped_share is not None:
-            row["dropped_share"] = step.dropped_share
+        shares = {
+            "dropped_share": step.dropped_share,
+            "unchosen_share": step.unchosen_share,
+        }
+        row |= {name: share for name, share in shares.items() if share is not None}
         measured = balance()
         self.rows.append(row | {n: x for n, x in measured.items() if _of_the_model(n)})
         for sink in self.sinks:

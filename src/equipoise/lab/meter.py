@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from equipoise.lab.model import LanguageModel
 from equipoise.nn.base import scores_of
+
+
+class Taken(NamedTuple):
+    """What was selected in some passes."""
+
+    counts_LE: Tensor
+    """Selections, int64."""
+    score_sums_L: Tensor
+    """Of the selected scores, float64; 0 where they were not asked for."""
+    unchosen_L: Tensor
+    """Tokens without an expert, of routers that decide how many a token has, int64; 0 of others."""
 
 
 class Meter:
@@ -47,6 +58,7 @@ class Meter:
             len(self._layers), self._experts, dtype=torch.int64, device=self._device
         )
         self._sums_L = torch.zeros(len(self._layers), dtype=torch.float64, device=self._device)
+        self._unchosen_L = torch.zeros(len(self._layers), dtype=torch.int64, device=self._device)
 
     def _hook(self, index: int) -> Any:
         def hook(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -55,14 +67,16 @@ class Meter:
             ids = ids.clamp(max=self._experts + 1)  # null experts neither
             counts = torch.bincount(ids, minlength=self._experts + 2)
             self._counts_LE[index] += counts[1 : self._experts + 1]
+            if gate.variable_top_k:
+                self._unchosen_L[index] += (ids_TK < 0).all(dim=1).sum()
             if self.scores:
                 self._sums_L[index] += _selected(gate, logits_TE.detach(), ids_TK)
 
         return hook
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Counts [L, E] int64 and score sums [L] float64 since the last call."""
-        found = self._counts_LE, self._sums_L
+    def take(self) -> Taken:
+        """All since the last call."""
+        found = Taken(self._counts_LE, self._sums_L, self._unchosen_L)
         self._clear()
         return found
 

@@ -124,10 +124,18 @@ class Result:
     @property
     def dropped_share(self) -> float:
         """Of the selections of the last tenth of training; NaN where nothing limits the load."""
-        if "dropped_share" not in self._metrics.column_names:
+        return self._at_the_end("dropped_share")
+
+    @property
+    def unchosen_share(self) -> float:
+        """Tokens without an expert in the last tenth of training; NaN where all have as many."""
+        return self._at_the_end("unchosen_share")
+
+    def _at_the_end(self, column: str) -> float:
+        if column not in self._metrics.column_names:
             return float("nan")
-        shares = self.column("dropped_share")
-        return float(shares[-max(1, len(shares) // 10) :].mean())
+        values = self.column(column)
+        return float(values[-max(1, len(values) // 10) :].mean())
 
     @property
     def max_vio_end(self) -> float:

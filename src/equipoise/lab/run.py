@@ -160,13 +160,15 @@ class Run:
         self.optimizer.step()
         self.plain.step(self.processes.group)
         self.optimizer.zero_grad(set_to_none=True)
-        counts_LE = self.processes.total(self.meter.take()[0]).cpu().numpy()
+        taken = self.meter.take()
+        counts_LE = self.processes.total(taken.counts_LE).cpu().numpy()
+        unchosen = self._unchosen(taken.unchosen_L)
         seconds = time.perf_counter() - begin
         self.step += 1
         self.seconds += seconds
         share = self._dropped(dropped)
         self.journal.note(
-            Step(self.step, loss, norm, rate, seconds, counts_LE, share), self._measured
+            Step(self.step, loss, norm, rate, seconds, counts_LE, share, unchosen), self._measured
         )
 
     def _measured(self) -> dict[str, float]:
@@ -179,6 +181,12 @@ class Run:
         if any(call.name == "capacity" for call in parse(self.config.balance)):
             return self._measured()["balance/dropped_share"]
         return None
+
+    def _unchosen(self, tokens_L: Tensor) -> float | None:
+        """The share of the step's tokens without an expert, where routers decide how many they have."""
+        if not any(layer.gate.variable_top_k for layer in self.plain.moe_layers()):
+            return None
+        return float(self.processes.total(tokens_L).double().mean()) / self.config.step_tokens
 
     def _backward(self, ids: Tensor, targets: Tensor, *, last: bool) -> Tensor:
         """Gradients of a micro-batch; its loss, and the share of its selections that is dropped."""

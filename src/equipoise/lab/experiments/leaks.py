@@ -72,6 +72,7 @@ _HEAD = (
     "MaxVio_global, causal (chance)",
     "MaxVio of a training step",
     "experts a token, causal",
+    "tokens that no expert chose in training",
     "step time, of no balancing",
 )
 _READING = """These losses stand in no ranking with those above. As trained: some held-out rows in
@@ -81,9 +82,11 @@ Chunks, numbers and the kind of the competing tokens are as in training, and onl
 the text to come is gone, but for its domain: **what the loss rises by is the leak**, or the larger
 part of it. Causal: what generation can do.
 Expert choice gives each token by itself to the experts whose threshold it exceeds, a running average
-of the score that K / E of the training tokens exceeded; soft MoE sees the tokens up to the one it
-predicts from. What the causal loss rises by holds the leak and what it costs to route otherwise than in
-training. Intervals of 95 %, over rows, or over seeds where there are several."""
+of the score that K / E of the training tokens exceeded (in training all choose as many, so that no
+expert starves; the tokens that none chose are of the last tenth of it, mean over layers); soft MoE
+sees the tokens up to the one it predicts from. What the causal loss rises by holds the leak and what
+it costs to route otherwise than in training. Intervals of 95 %, over rows, or over seeds where there
+are several."""
 _FIGURE = """The leak, and the losses as trained and causal, by the number of tokens among which an
 expert chooses (95 % intervals as in the table)."""
 
@@ -109,8 +112,15 @@ def _row(
         f"{average([r.final.max_vio for r in runs])} ({number(floor, 3)})" if choosing else "–",
         average([r.max_vio_end for r in runs]) if choosing else "–",
         average([r.final.experts_per_token for r in runs]) if choosing else "–",
+        unchosen(runs),
         page.step_time(run, plain),
     )
+
+
+def unchosen(runs: Sequence[Result]) -> str:
+    """Tokens without an expert, in percent; a dash where all have as many, or it was not counted."""
+    share = float(np.mean([r.unchosen_share for r in runs]))
+    return "–" if np.isnan(share) else f"{100 * share:.1f} %"
 
 
 def _said(found: tuple[float, float]) -> str:

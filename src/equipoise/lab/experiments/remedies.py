@@ -142,6 +142,7 @@ _HEAD = (
     "starved",
     "dropped",
     "experts a token, trained and held out",
+    "tokens without one",
     "step time, of no balancing",
 )
 _READING = f"""Loss in nats per token, mean of the domains, and its difference to the run without
@@ -150,7 +151,8 @@ MaxVio_global: busiest expert's selections over the mean of all, minus 1, on the
 evaluated, every domain weighing alike, mean over layers. Starved: share of the layer-expert cells
 with less than {STARVED:.0%} of a fair share of a window of {WINDOW} steps, in the last quarter of
 training. Experts that a life cycle has taken out count in both. Dropped: share of the selections of
-the last tenth of training that went to no expert; MaxVio is of the selections before. A capacity acts
+the last tenth of training that went to no expert; MaxVio is of the selections before. Tokens
+without one: those that no expert's threshold let in, in the same steps, mean over layers. A capacity acts
 in training only, but for `pad`, whose layers drop in evaluation too, domain by domain. Expert threshold
 scores by a sigmoid, the others by a softmax."""
 _LOAD = """MaxVio_global (dotted: chance) and held-out loss of every remedy, most even load first;
@@ -171,6 +173,7 @@ def _row(page: Page, name: str, runs: Sequence[Result], ranked: Results) -> tupl
         "–" if np.isnan(dropped) else f"{100 * dropped:.1f} %",
         f"{average([_experts(r) for r in runs])}, "
         f"{average([r.final.experts_per_token for r in runs])}",
+        leaks.unchosen(runs),
         page.step_time(runs[0], ranked.get(PLAIN)),
     )
 
@@ -293,7 +296,7 @@ EXPERIMENT = Experiment(
     configs,
     write,
     (
-        """which remedy gives the lower loss: single runs of 2 M tokens do not tell; without balancing
+        """which remedy gives the lower loss: single runs of few tokens do not tell; without balancing
         few experts see more tokens each, which at this length is an advantage;""",
         """that a remedy cannot do better: one or two strengths each, none tuned, and a life cycle of
         10 steps in a run of some hundred is hasty;""",
