@@ -18,7 +18,7 @@ import pytest
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, load_corpus, pages
-from equipoise.lab.experiments import EXPERIMENTS
+from equipoise.lab.experiments import EXPERIMENTS, collapse
 from equipoise.lab.experiments.base import Experiment, seeded
 from equipoise.lab.folder import RunFolder
 from equipoise.lab.grid import Grid, missing
@@ -29,15 +29,16 @@ from tests.lab.made_up import SMALL, write_text
 from tests.signals import heed_ctrl_c
 
 GRIDS = [name for name, experiment in EXPERIMENTS.items() if experiment.measure is None]
+PAGES = Path(__file__).parents[2] / "docs" / "lab"
 TINY = {**SMALL, "model.experts": 16, "data.domains": "", "tokens": 8 * 16 * 22}
 
 
-def shrunk(experiment: Experiment, config: Config) -> list[Config]:
+def shrunk(experiment: Experiment, config: Config, tier: str = "cpu") -> list[Config]:
     """An experiment's configs at a size of seconds: balance, router and arrangement kept."""
     small = {k: v for k, v in TINY.items() if k != "micro_rows"}
     small |= {"data.source": config.data.source, "data.cache": config.data.cache}
     found = []
-    for asked in experiment.configs("cpu", 1):
+    for asked in experiment.configs(tier, 1):
         rows = {"micro_rows": min(asked.micro_rows, 8), "model.top_k": min(asked.model.top_k, 2)}
         found.append(asked.change({**small, **rows, "model.shared_experts": 0, "processes": 1}))
     return found
@@ -52,21 +53,37 @@ def test_no_two_runs_of_an_experiment_are_the_same(name: str, tier: str) -> None
     assert {config.seed for config in configs} >= {0, 1}
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_page_here_is_what_the_runs_here_tell(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    configs = experiment.configs("cpu", 1) if name in GRIDS else []
+    page = pages.page_of(experiment, configs, PAGES, "cpu")
+    assert page.markdown == (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert all((PAGES / figure).exists() for figure in page.figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"),
+    [
+        *((name, "cpu") for name in GRIDS),
+        *(pytest.param(name, "gpu", marks=pytest.mark.slow) for name in GRIDS),
+    ],
+)
 def test_an_experiment_becomes_a_page_with_its_figures(
-    name: str, tmp_path: Path, configure: Callable[..., Config]
+    name: str, tier: str, tmp_path: Path, configure: Callable[..., Config]
 ) -> None:
     experiment = EXPERIMENTS[name]
-    configs = shrunk(experiment, configure())
+    configs = shrunk(experiment, configure(), tier)
     for config in configs[:3]:
         train(config, folder_of(tmp_path / "runs", config), save=False)
     for config in configs[:3]:  # whichever run is the only one, as when a grid is stopped
-        pages.write_page(experiment, [config], tmp_path, "cpu")
+        pages.write_page(experiment, [config], tmp_path, tier)
     other = configs[0].change({"seed": 1})
     shutil.copytree(folder_of(tmp_path / "runs", configs[0]), folder_of(tmp_path / "runs", other))
-    alone = pages.write_page(experiment, [other], tmp_path, "cpu", 2).read_text()
-    assert f"`equipoise lab {name} --seeds 2`: 1 of 1 runs" in alone
-    path = pages.write_page(experiment, configs, tmp_path, "cpu")
+    alone = pages.write_page(experiment, [other], tmp_path, tier, 2).read_text()
+    asked = f"equipoise lab {name}{' --tier gpu' * (tier == 'gpu')} --seeds 2"
+    assert f"`{asked}`: 1 of 1 runs" in alone
+    path = pages.write_page(experiment, configs, tmp_path, tier)
     text = path.read_text()
     assert all(f"| {config.name}" in text for config in configs[:3])
     assert f"| {configs[-1].name}" not in text
@@ -74,15 +91,17 @@ def test_an_experiment_becomes_a_page_with_its_figures(
     for part in text.split("](")[1:]:
         assert (tmp_path / part.partition(")")[0]).exists()
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
-    pages.write_page(experiment, configs, tmp_path, "cpu")
+    pages.write_page(experiment, configs, tmp_path, tier)
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
     taken = {
         "environment": Result(configs[0], folder_of(tmp_path / "runs", configs[0])).environment,
         "seconds": {identity(config): [1.0, 2.0] for config in configs[:3]},
     }
-    pages.turns_of(tmp_path / "runs", experiment, "cpu").write_text(json.dumps(taken))
-    timed = pages.write_page(experiment, configs, tmp_path, "cpu").read_text()
+    pages.turns_of(tmp_path / "runs", experiment, tier).write_text(json.dumps(taken))
+    timed = pages.write_page(experiment, configs, tmp_path, tier).read_text()
     assert ("Step times: " in timed) == experiment.timed
+    if name != "recipe":  # whose base is not among the first three
+        assert ("1.00 ± 0.00" in timed) == experiment.timed
 
 
 @pytest.mark.slow
@@ -333,6 +352,16 @@ def test_what_an_experiment_does_not_take_is_refused_before_any_runs(
     monkeypatch.setattr(pages, "run_experiment", never)
     with pytest.raises(EquipoiseError, match="'cost' trains nothing: leave out --seeds"):
         lab(["collapse", "cost"], seeds=5, out=tmp_path)
+
+
+def test_shares_of_starved_cells_that_one_seed_does_not_tell_apart_are_said_to_be_as_many() -> None:
+    assert collapse._reproduced(0.72) == "about as many as in that figure"
+    assert collapse._reproduced(0.69) == "fewer than in that figure"
+    ends = {"no balancing": 0.08, "near": 0.12, "far": 0.14, "none": 0.0}
+    said = collapse._conditions(ends)
+    assert "More: far." in said
+    assert "Fewer: none." in said
+    assert "About as many: near." in said
 
 
 def test_equal_configs_run_once(tmp_path: Path, configure: Callable[..., Config]) -> None:

@@ -137,6 +137,18 @@ def write_page(
     experiment: Experiment, configs: Sequence[Config], out: Path, tier: str, seeds: int = 1
 ) -> Path:
     """The page of an experiment from the runs that are finished; `seeds` were asked for."""
+    page = page_of(experiment, configs, out, tier, seeds)
+    for file, draw in page.figures.items():
+        draw(out / file)
+    path = out / f"{page.name}.md"
+    write_text(path, page.markdown)
+    return path
+
+
+def page_of(
+    experiment: Experiment, configs: Sequence[Config], out: Path, tier: str, seeds: int = 1
+) -> Page:
+    """The page, not yet written, nor its figures drawn."""
     by_name: dict[str, list[Result]] = {}
     for config in configs:
         result = Result.find(out / "runs", config)
@@ -154,11 +166,7 @@ def write_page(
     page.bullets(*experiment.limits)
     if experiment.measure is None:
         _runs(page, by_name)
-    for file, draw in page.figures.items():
-        draw(out / file)
-    path = out / f"{page.name}.md"
-    write_text(path, "\n\n".join(page.blocks) + "\n")
-    return path
+    return page
 
 
 def _setup(

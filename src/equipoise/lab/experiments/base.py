@@ -32,6 +32,11 @@ class Page:
     blocks: list[str] = field(default_factory=list)
     figures: dict[str, Draw] = field(default_factory=dict)
 
+    @property
+    def markdown(self) -> str:
+        """The whole page."""
+        return "\n\n".join(self.blocks) + "\n"
+
     def text(self, *paragraphs: str) -> None:
         """Paragraphs."""
         self.blocks += [" ".join(p.split()) for p in paragraphs]
@@ -61,8 +66,9 @@ class Page:
         """What the column of step times says; nothing where none were taken."""
         if self.turns.seconds:
             made = self.turns.environment
+            time = "time" if made["gpu"] else "processor time"
             self.text(
-                f"""Step times: processor time of a run's first steps over that of {base}, all taken in
+                f"""Step times: {time} of a run's first steps over that of {base}, all taken in
                 turns; median, and half the range of the middle half of the rounds, which is no interval.
                 Taken at commit {made["commit"]} ({machine_of(made)})."""
             )
