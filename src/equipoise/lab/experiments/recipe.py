@@ -47,6 +47,12 @@ FINALISTS = {
     "switch, steered": "switch(scope=global, weight=target_max_vio(target=0.3))",
     "quantile and switch 0.001": "quantile + switch(scope=global, weight=0.001)",
     "quantile and sequence 0.0001": "quantile + switch(scope=sequence, weight=0.0001)",
+    "quantile by histogram and switch 0.001": (
+        "quantile_histogram + switch(scope=global, weight=0.001)"
+    ),
+    "quantile by histogram and sequence 0.0001": (
+        "quantile_histogram + switch(scope=sequence, weight=0.0001)"
+    ),
 }
 """In as many paired seeds as the frontier's leaders, with 16 experts."""
 GO_ON: tuple[str, ...] = ()
@@ -247,7 +253,7 @@ EXPERIMENT = Experiment(
     "recipe",
     "A better recipe",
     """Is there a combination of published methods, or a schedule of one, that is on or beyond the frontier of
-    the single ones at every number of experts? Finalists, two combinations and three schedules, are run
+    the single ones at every number of experts? Finalists, four combinations and three schedules, are run
     with 16 experts, in the seeds of `frontier`'s leaders, and go on to 64 and 256 if they are beyond the
     frontier there. Families without a selection bias (Mixtral, OLMoE, Qwen3-MoE, ...) have no place to keep
     one: for them it is asked of losses alone, with the softmax router that they have and 64 experts;
@@ -262,8 +268,9 @@ EXPERIMENT = Experiment(
         MaxVio;""",
         """that a candidate is better where runs are longer: these see few tokens a parameter;""",
         """that the finalists are the best candidates: they were settled on when one seed of 16 experts had
-        been seen, the two with `quantile` when all five of `quantile` had, and those seeds are among
-        the five;""",
+        been seen, the two with `quantile` when all five of `quantile` had, the two with its histogram when
+        all of the others had, and those seeds are among the five; nothing that the other experiments
+        vary (scales of the weights, scopes, capacities) is combined with them;""",
         """anything about capacity, or models that are fine-tuned.""",
     ),
 )

@@ -283,16 +283,14 @@ def _draw_load(ranked: Results, path: Path) -> None:
 EXPERIMENT = Experiment(
     "remedies",
     "The other remedies that people propose",
-    """Published: noise on the input (Switch, arXiv 2101.03961, 1e-2) or on the logits (Shazeer,
-    1701.06538), a second expert kept by chance and a capacity whose overflow is dropped (GShard,
-    2006.16668), to spread the load; experts that choose tokens (2202.09368), of which 2408.15664
-    shows that they leak the future: in a 2 B model trained on 100 B tokens, choosing within 512
-    tokens instead of 8192 lowers the loss by about 10 %, and shuffling tokens over chunks takes the
-    drop away; thresholds in place of the choice (2603.11535: 0.067 nats below top-k at 2.4 B
-    parameters and 10 B tokens, one run); mixtures of tokens (soft MoE, 2308.00951, for images).
-    Reviving is known from networks of other kinds (ReDo, 2302.12902). For temperature, entropy,
-    adversarial idleness, freezing, retiring, and a reserve of experts no measured effect on a
-    language model is among the sources used here.""",
+    """Published: experts that choose their tokens leak the future (arXiv 2408.15664: in a 2 B model trained
+    on 100 B tokens, choosing within 512 tokens instead of 8192 lowers the loss by about 10 %, and
+    shuffling tokens over chunks takes the drop away). Of thresholds in place of the choice a loss 0.067
+    nats below that of top-k is reported at 2.4 B parameters and 10 B tokens, of one run (2603.11535, here
+    from a secondary source). For noise, a random second expert, limits of capacity, soft mixtures,
+    temperature, entropy, adversarial idleness, reviving, freezing, retiring, and a reserve of experts no
+    measured effect on a language model is among the sources used here; whose proposals they are
+    docs/nn.md and docs/balance.md say.""",
     configs,
     write,
     (
