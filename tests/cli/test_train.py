@@ -267,7 +267,6 @@ def test_a_run_folder_goes_by_one_id_at_wandb(
 def test_both_stretches_of_a_stopped_run_are_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     from equipoise.cli.loggers import _wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -278,6 +277,9 @@ def test_both_stretches_of_a_stopped_run_are_kept_offline(
         finish()
     kept = [folder.name for folder in (tmp_path / "wandb").glob("offline-run-*")]
     assert len({name.rpartition("-")[2] for name in kept}) == 2
+    for name in kept:
+        (records,) = (tmp_path / "wandb" / name).glob("*.wandb")
+        assert b"train/loss" in records.read_bytes()
 
 
 # -- stopped ----------------------------------------------------------------------------------

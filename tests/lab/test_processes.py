@@ -157,25 +157,41 @@ def test_what_goes_wrong_in_one_process_is_told_by_both(folder: Path, case: str,
         assert said in text
 
 
-def test_accelerate_s_launcher_that_starts_one_for_several_is_refused(
-    tmp_path: Path, text: Path
-) -> None:
-    """On a CPU it does, without a word."""
+def launched(text: Path, out: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    """`equipoise train tiny` by accelerate's launcher on a CPU."""
     settings = [
         f"--set={k}={v}" for k, v in flat(asdict(config_of(text))) if k in (*SMALL, *PLACES)
     ]
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    ran = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "equipoise",
-         "train", "tiny", *settings, "--out", str(tmp_path / "run")],
+         "train", "tiny", *settings, "--out", str(out)],
         env={name: value for name, value in os.environ.items() if name not in names},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+
+
+def test_accelerate_s_launcher_that_starts_one_for_several_is_refused(
+    tmp_path: Path, text: Path
+) -> None:
+    """On a CPU it does, without a word."""
+    ran = launched(text, tmp_path / "run", 2)
     assert ran.returncode != 0
     assert "asked for several processes and started one" in ran.stderr
     assert "equipoise train --processes N" in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_s_launcher_of_one_process_trains_as_the_command_does(
+    tmp_path: Path, text: Path
+) -> None:
+    ran = launched(text, tmp_path / "run", 1)
+    assert ran.returncode == 0, ran.stderr
+    train(RunFolder(tmp_path / "run").config(), tmp_path / "plain")
+    ours, theirs = (load(tmp_path / name).state_dict() for name in ("run", "plain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_number_of_processes_is_refused(folder: Path, text: Path) -> None:
