@@ -51,6 +51,21 @@ def model_of(**values: Any) -> LanguageModel:
     return model
 
 
+def test_learned_noise_begins_alike_for_all_experts_and_leaves_the_other_weights_as_they_are() -> (
+    None
+):
+    plain, noisy = (
+        model_of(router=f"softmax(weighting=scores{noise})") for noise in ("", ", noise=learned")
+    )
+    theirs = dict(plain.named_parameters())
+    noise = {name: p for name, p in noisy.named_parameters() if name not in theirs}
+    assert len(noise) == 3
+    assert not any(p.any() for p in noise.values())
+    assert all(
+        torch.equal(p, theirs[name]) for name, p in noisy.named_parameters() if name in theirs
+    )
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dense_layers", [0, 1])

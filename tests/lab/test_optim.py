@@ -98,12 +98,17 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_parameters_are_in_one_group_each_with_the_rate_of_their_kind(name: str) -> None:
     sizes = {"hidden_size": 16, "heads": 2, "kv_heads": 1, "experts": 4, "expert_size": 8}
-    model = LanguageModel(ModelConfig(**sizes, layers=3, dense_layers=1, dense_size=8), 64)
+    shape = ModelConfig(
+        **sizes, layers=3, dense_layers=1, dense_size=8, router="softmax(noise=learned)"
+    )
+    model = LanguageModel(shape, 64)
     config = OptimizerConfig(name=name, router_lr_scale=0.5)  # type: ignore[arg-type]
     optimizer = make_optimizer(model, model, config)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-    routers = {id(layer.gate.weight) for layer in model.moe_layers()}
+    gates = [layer.gate for layer in model.moe_layers()]
+    routers = {id(weight) for gate in gates for weight in (gate.weight, gate.noise.weight)}
+    assert len(routers) == 4
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert (group["weight_decay"] == 0) == (parameter.ndim == 1)

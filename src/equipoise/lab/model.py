@@ -119,8 +119,12 @@ class LanguageModel(nn.Module):
         )
 
     def _draw(self) -> None:
-        """Draw all matrices; a process that holds some of the experts draws all and keeps its own."""
+        """Draw all matrices; a process that holds some of the experts draws all and keeps its own.
+
+        But for what a router has beside its own: learned noise begins as it was made.
+        """
         routers = {id(layer.gate.weight) for layer in self.moe_layers()}
+        beside = {id(p) for layer in self.moe_layers() for p in layer.gate.parameters()} - routers
         shared = {
             id(parameter): layer.experts.held
             for layer in self.moe_layers()
@@ -128,7 +132,7 @@ class LanguageModel(nn.Module):
             for parameter in layer.experts.parameters()
         }
         for parameter in self.parameters():
-            if parameter.ndim < 2:
+            if parameter.ndim < 2 or id(parameter) in beside:
                 continue
             std = self.config.router_std if id(parameter) in routers else self.config.init_std
             held = shared.get(id(parameter))

@@ -16,10 +16,10 @@ from equipoise.lab.model import LanguageModel
 def make_optimizer(model: nn.Module, plain: LanguageModel, config: OptimizerConfig) -> Any:
     """AdamW or Muon over a model's parameters; `plain` is the model inside its wrapper.
 
-    Vectors and scalars are not decayed; routers learn at `router_lr_scale` of the rate, and under
-    Muon, as the embedding and the output layer, by AdamW.
+    Vectors and scalars are not decayed; routers, and their noise, learn at `router_lr_scale` of the rate,
+    and under Muon, as the embedding and the output layer, by AdamW.
     """
-    routers = {id(layer.gate.weight) for layer in plain.moe_layers()}
+    routers = {id(p) for layer in plain.moe_layers() for p in layer.gate.parameters()}
     tables = {id(plain.embedding.weight), id(plain.head.weight)}
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "table": [], "vector": [], "router": []}
     for parameter in model.parameters():
