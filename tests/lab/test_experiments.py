@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing as mp
 import os
 import shutil
 import signal
@@ -154,6 +155,37 @@ def test_a_run_of_two_processes_that_fails_fails_once(
     assert sum("FAILED" in line for line in said) == 1
 
 
+def _fail_in_the_first(text: str, folder: str, news: Any) -> None:
+    """A run of several processes whose first one fails when a step is made, by itself."""
+    from equipoise.lab import grid, trainer
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    train = trainer.train
+    trainer.train = lambda *args, **options: train(*args, **{**options, "progress": fail})
+    grid.work(1, text, folder, news)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_other_processes_of_a_run_end_with_a_first_one_that_fails(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    """They wait for it in the next step, where they hear no signal."""
+    config = configure(tokens=8 * 16 * 100_000, processes=2, micro_rows=2)
+    load_corpus(config.data)
+    context = mp.get_context("spawn")
+    news = context.Queue()
+    first = context.Process(
+        target=_fail_in_the_first, args=(config.to_json(), str(tmp_path / "run"), news)
+    )
+    first.start()
+    assert news.get(timeout=120) == (1, "failed", "RuntimeError: out of memory")
+    first.join(60)
+    assert first.exitcode == 0
+
+
 GRID = """
 import sys
 from pathlib import Path
@@ -176,6 +208,7 @@ def start_grid(folder: Path, pool: Path, *configs: Config) -> subprocess.Popen[s
     return subprocess.Popen(
         [sys.executable, "grid.py", str(pool), *map(str, paths)], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -236,6 +269,58 @@ def test_a_run_whose_grid_is_killed_before_it_begins_does_not_begin(
     grid.kill()  # while its run imports torch
     grid.communicate(timeout=60)
     assert not (tmp_path / "pool").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_run_begins_is_the_grid_s(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure(trace=False)
+    load_corpus(config.data)
+    grid = start_grid(tmp_path, tmp_path / "pool", config)
+    assert grid.stdout is not None
+    while "begins" not in (line := grid.stdout.readline()):
+        assert line, "the grid ended"
+    os.killpg(grid.pid, signal.SIGINT)  # as a terminal does, while the run imports torch
+    said = grid.communicate(timeout=60)[1]
+    assert said.count("Traceback") == 1  # of the script, which catches nothing
+    assert "spawn_main" not in said
+    assert missing([config], tmp_path / "pool") == [config]
+
+
+def test_a_page_is_written_where_its_steps_are_not_timed_to_the_end(
+    tmp_path: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(trace=False)
+    experiment = replace(EXPERIMENTS["remedies"], configs=lambda tier, seeds: [config])
+    monkeypatch.setitem(EXPERIMENTS, "remedies", experiment)
+    train(config, folder_of(tmp_path / "runs", config), save=False)
+    monkeypatch.setattr(pages, "measure", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        pages.run_experiment("remedies", tmp_path, workers=1)
+    assert f"| {config.name}" in (tmp_path / "remedies.md").read_text()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_why_the_grid_failed(
+    tmp_path: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [configure(trace=False), configure(name="wrong", optimizer__lr=1e30, trace=False)]
+    experiment = replace(EXPERIMENTS["remedies"], configs=lambda tier, seeds: configs)
+    monkeypatch.setitem(EXPERIMENTS, "remedies", experiment)
+    folder = folder_of(tmp_path / "runs", configs[0])
+    train(configs[0], folder, save=False)
+    (folder / "metrics.parquet").unlink()
+
+    def fail(grid: Grid) -> None:
+        raise EquipoiseError("1 of 2 runs failed; the first, wrong")
+
+    monkeypatch.setattr(Grid, "run", fail)
+    said: list[str] = []
+    with pytest.raises(EquipoiseError, match="1 of 2 runs failed"):
+        pages.run_experiment("remedies", tmp_path, workers=1, say=said.append)
+    assert said[-1].startswith(f"The page is not written: {folder} is no whole run")
 
 
 @pytest.mark.slow

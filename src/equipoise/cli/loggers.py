@@ -65,12 +65,12 @@ def _wandb(path: Path, config: Config) -> tuple[Any, Callable[[], None]]:
     from equipoise.balance import sinks
     from equipoise.lab.config import flat
 
-    mode = os.environ.get("WANDB_MODE", "offline")
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
     number, again = _wandb_id(path / "wandb" / "run-id.txt")
     if mode in ("offline", "dryrun"):
         # Offline runs cannot be resumed, and of two with one id the later upload may replace the
         # earlier: each stretch of training gets a run, and all of them one group.
-        more = {"group": f"{config.name}-{number}"}
+        more: dict[str, Any] = {"group": f"{config.name}-{number}"}
         if again:
             say(f"W&B is offline: these steps are a run of their own, of group {more['group']}.")
     else:

@@ -190,15 +190,15 @@ def _idle_cores(config: Config) -> str:
     """How one process on a CPU could share its steps with the cores that it leaves idle, if it can."""
     import torch
 
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    most = cores // config.threads
+    from equipoise.lab.launch import cores
+
+    most = cores() // config.threads
     parts = config.batch_rows // config.micro_rows
     count = max((n for n in range(1, most + 1) if parts % n == 0), default=1)
     if torch.cuda.is_available() or count == 1:
         return ""
     return (
-        f"Cores in use: {config.threads} of {cores}. --processes {count} shares each step out over "
+        f"Cores in use: {config.threads} of {cores()}. --processes {count} shares each step out over "
         f"{config.threads * count}."
     )
 

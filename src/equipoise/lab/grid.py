@@ -8,8 +8,8 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from equipoise.lab.terms import RECOMMENDED, balancing
 Say = Callable[[str], None]
 EVERY = 20.0
 """Seconds between lines of progress."""
+LOOK = 1.0
+"""Seconds between looks for processes that have ended."""
+TO_SAVE = 60.0
+"""Seconds that the other processes of a stopped run have to end by themselves."""
 
 
 @dataclass
@@ -50,9 +54,18 @@ class Grid:
     workers: int
     say: Say = lambda _: None
     failures: list[str] = field(default_factory=list)
+    begun: list[Any] = field(default_factory=list)
+    """Processes, for an interruption between the start of one and the note of it."""
 
     def run(self) -> None:
-        """Run all that is not finished; EquipoiseError, after the others, where some failed."""
+        """Run all that is not finished; EquipoiseError, after the others, where some failed.
+
+        Ctrl-C and SIGTERM stop it (KeyboardInterrupt) when its runs have saved.
+        """
+        with interrupted_by(signal.SIGTERM):
+            self._run()
+
+    def _run(self) -> None:
         waiting = missing(self.configs, self.pool)
         self.say(f"{len(self.configs)} runs, {len(self.configs) - len(waiting)} finished before.")
         check_text(self.configs, self.pool)
@@ -62,22 +75,22 @@ class Grid:
         context = mp.get_context("spawn")
         news = context.Queue()
         jobs: dict[int, _Job] = {}
-        begin = told = time.monotonic()
+        begin = told = looked = time.monotonic()
         total, number = len(waiting), 0
-        before = _interrupted_by(signal.SIGTERM)
         try:
             while waiting or jobs:
                 while waiting and self._room(jobs, waiting[0]):
                     number += 1
                     jobs[number] = self._start(context, number, waiting.pop(0), news)
                 self._listen(news, jobs)
+                if time.monotonic() - looked > LOOK:
+                    looked = time.monotonic()
+                    self._bury(jobs)
                 if time.monotonic() - told > EVERY:
                     told = time.monotonic()
                     self._report(jobs, total - len(waiting) - len(jobs), total, begin)
         finally:
-            _end([job.process for job in jobs.values()])
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+            _end([process for process in self.begun if process.pid is not None])
         if self.failures:
             raise EquipoiseError(
                 f"{len(self.failures)} of {total} runs failed; the first, {self.failures[0]}"
@@ -100,15 +113,18 @@ class Grid:
         process = context.Process(
             target=work, args=(number, config.to_json(), str(folder), news), daemon=False
         )
-        process.start()
+        self.begun.append(process)
+        # Processes keep ignoring what was ignored when they began: a run is deaf to Ctrl-C while it
+        # imports torch, too. It saves on the grid's SIGTERM.
+        with _handled(signal.SIGINT, signal.SIG_IGN):
+            process.start()
         self.say(f"  {_name(config)}: begins ({config.steps} steps, {folder.name})")
         return _Job(config, process)
 
     def _listen(self, news: Any, jobs: dict[int, _Job]) -> None:
         try:
-            number, kind, value = news.get(timeout=1.0)
+            number, kind, value = news.get(timeout=LOOK)
         except queue.Empty:
-            self._bury(jobs)
             return
         job = jobs.get(number)
         if job is None:
@@ -137,7 +153,7 @@ class Grid:
             if job.gone:
                 del jobs[number]
                 self._failed(job, f"ended with {job.process.exitcode}")
-            # What it said last may still be on its way: buried when nothing comes after its end.
+            # What it said last may still be on its way: buried if it has not come by the next look.
             job.gone = not job.process.is_alive()
 
     def _report(self, jobs: dict[int, _Job], done: int, total: int, begin: float) -> None:
@@ -181,11 +197,22 @@ def missing(configs: Sequence[Config], pool: Path) -> list[Config]:
     return list(found.values())
 
 
-def _interrupted_by(number: signal.Signals) -> Any:
-    """Let a signal do what Ctrl-C does; what it did before, or None off the main thread."""
+@contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """A signal's handler inside; off the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(number, _interrupt)
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def interrupted_by(number: signal.Signals) -> AbstractContextManager[None]:
+    """Inside, a signal does what Ctrl-C does."""
+    return _handled(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:
@@ -264,14 +291,20 @@ def work(number: int, text: str, folder: str, news: Any) -> None:
     if orphaned():
         return
     others = _others(text, folder, config.processes)
+    wait = 0.0  # one that waits for this process in a collective hears no signal
     try:
-        news.put((number, "done", train(config, folder, save=False, progress=progress)))
-        for other in others:
-            other.join()
+        result = train(config, folder, save=False, progress=progress)
+        wait = TO_SAVE
+        news.put((number, "done", result))
     except KeyboardInterrupt:
+        wait = TO_SAVE
         news.put((number, "failed", "stopped; the same command goes on with it"))
     except (EquipoiseError, RuntimeError, ValueError, OSError) as error:
         news.put((number, "failed", f"{type(error).__name__}: {error}"))
+    finally:
+        for other in others:
+            other.join(wait)
+            other.kill()
 
 
 def _others(text: str, folder: str, processes: int) -> list[Any]:
@@ -288,10 +321,19 @@ def _others(text: str, folder: str, processes: int) -> list[Any]:
     return begun
 
 
+def _end_with(process: Any) -> None:
+    """End this process when another does, whatever it waits for."""
+    process.join()
+    os._exit(1)
+
+
 def _member(text: str, folder: str, place: dict[str, str]) -> None:
     """One of the other processes of a run; what goes wrong the first one says."""
     os.environ.update(place)
     from equipoise.lab.trainer import train
 
+    first = mp.parent_process()
+    assert first is not None
+    threading.Thread(target=_end_with, args=(first,), daemon=True).start()
     with suppress(EquipoiseError, RuntimeError, ValueError, OSError, KeyboardInterrupt):
         train(Config.from_json(text), folder, save=False)

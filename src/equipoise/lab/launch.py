@@ -12,6 +12,13 @@ from collections.abc import Sequence
 from equipoise.errors import EquipoiseError
 
 
+def cores() -> int:
+    """Of the machine, those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def launch(command: Sequence[str], processes: int) -> None:
     """Run a command in so many processes, and end as it ends: SystemExit where one of them fails.
 
@@ -26,6 +33,8 @@ def launch(command: Sequence[str], processes: int) -> None:
         if name.startswith("torch.distributed."):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each takes the threads of its config
+    # An evaluation under way is ended before a stopped run saves; a second Ctrl-C does not wait for it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds, then SIGKILL
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +14,8 @@ from equipoise.lab.config import Config
 from equipoise.lab.experiments import EXPERIMENTS
 from equipoise.lab.experiments.base import Experiment, Page, Results
 from equipoise.lab.folder import write_text
-from equipoise.lab.grid import Grid
+from equipoise.lab.grid import Grid, interrupted_by
+from equipoise.lab.launch import cores
 from equipoise.lab.recipes import reading
 from equipoise.lab.results import Result
 from equipoise.lab.turns import Turns, measure
@@ -89,13 +90,18 @@ def run_experiment(
             )
         return write_page(experiment, configs, Path(out), tier, seeds)
     try:
-        Grid(configs, pool, workers or (1 if tier == "gpu" else os.cpu_count() or 1), say).run()
-        if experiment.timed:
-            measure(configs, turns_of(pool, experiment, tier), say)
-    finally:
-        if _finished(configs, pool):  # stopped or failed: the page tells of those that are there
-            path = write_page(experiment, configs, Path(out), tier, seeds)
-    return path
+        with interrupted_by(signal.SIGTERM):
+            Grid(configs, pool, workers or (1 if tier == "gpu" else cores()), say).run()
+            if experiment.timed:
+                measure(configs, turns_of(pool, experiment, tier), say)
+    except (EquipoiseError, KeyboardInterrupt):
+        if _finished(configs, pool):  # the page tells of those that are there
+            try:
+                write_page(experiment, configs, Path(out), tier, seeds)
+            except EquipoiseError as error:
+                say(f"The page is not written: {error}")
+        raise
+    return write_page(experiment, configs, Path(out), tier, seeds)
 
 
 def overview(out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1) -> Iterator[str]:
