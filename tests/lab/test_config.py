@@ -149,6 +149,19 @@ def test_recipes_derive_from_one_another() -> None:
             ["group_limited", "it needs groups and limit"],
         ),
         ({"model.router": "none"}, ["model.router='none' names 0 things"]),
+        (
+            {"model.router": "sigmoid(weighting=equal)", "balance": "sign"},
+            ["weighting=equal", "balance='sign'", "no gradient"],
+        ),
+        ({"model.capacity": "capacity(groups=3)"}, ["capacity(groups=3)", "16 experts"]),
+        (
+            {
+                "model.capacity": "capacity(overflow=pad)",
+                "expert_parallel": True,
+                "processes": 2,
+            },
+            ["expert_parallel=true", "overflow=pad"],
+        ),
         ({"balance": "open('/etc/passwd')"}, ["is not understood"]),
     ],
     ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
@@ -160,6 +173,11 @@ def test_what_cannot_be_is_refused_with_the_values(
         Config().change(values)
     for text in named:
         assert text in str(stop.value)
+
+
+def test_equal_weights_are_taken_with_a_loss_that_trains_the_router() -> None:
+    values = {"model.router": "sigmoid(weighting=equal)", "balance": "switch(weight=0.01) + sign"}
+    assert Config().change(values).model.router == values["model.router"]
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

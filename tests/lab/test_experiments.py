@@ -374,6 +374,19 @@ def test_a_page_names_the_run_folder_that_is_damaged(
         pages.write_page(EXPERIMENTS["scope"], [config], tmp_path, "cpu")
 
 
+def test_a_run_of_older_defaults_is_not_taken_for_one_of_today_s(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config = configure(trace=False)
+    folder = folder_of(tmp_path, config)
+    train(config, folder, save=False)
+    text = (folder / "config.json").read_text()
+    assert '"norm_eps": 1e-05' in text
+    (folder / "config.json").write_text(text.replace('"norm_eps": 1e-05', '"norm_eps": 1e-06'))
+    with pytest.raises(EquipoiseError, match=r"model.norm_eps=1e-06, not 1e-05.*remove it"):
+        Grid([config], tmp_path, 1).run()
+
+
 def test_other_text_is_taken_with_all_its_domains(tmp_path: Path) -> None:
     config = EXPERIMENTS["collapse"].configs("cpu", 1)[0]
     write_text(tmp_path / "other")
@@ -478,6 +491,11 @@ def test_the_overview_counts_what_is_finished(
     assert lines["frontier"].endswith("runs, 0 finished")
     assert lines["cost"].endswith("not measured")
     assert max(map(len, lines.values())) <= 80
+    other = configure(**{"data__domains": ("klingon",)})
+    monkeypatch.setitem(EXPERIMENTS, "scope", replace(scope, configs=lambda *_: [other]))
+    train(other.change({"data.domains": ()}), folder_of(tmp_path / "runs", configs[0]), save=False)
+    elsewhere = {line.split()[0]: line for line in pages.overview(tmp_path, data=other.data.source)}
+    assert elsewhere["scope"].endswith("1 runs, 1 finished")
 
 
 def test_an_unknown_experiment_names_the_nearest() -> None:

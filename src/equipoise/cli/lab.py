@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from equipoise.cli.common import say
+from equipoise.errors import EquipoiseError
 
 
 def lab(
@@ -44,10 +45,12 @@ def lab(
     Stopped, it goes on where it was: finished runs are kept in the out folder, and are shared by
     experiments.
     """
+    if redraw and not experiments:
+        raise EquipoiseError("--redraw which? Name experiments; --list lists them.")
     if names or not experiments:
         from equipoise.lab.pages import overview
 
-        for line in overview(out, tier=tier, seeds=seeds):
+        for line in overview(out, tier=tier, seeds=seeds, data=data):
             print(line)
         return
     from equipoise.lab.pages import check, run_experiment

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from equipoise.errors import EquipoiseError
-from equipoise.lab.terms import balancing, one, parse
+from equipoise.lab.terms import Call, balancing, one, parse
 
 if TYPE_CHECKING:
     from equipoise.lab.config import Config, DataConfig
@@ -138,7 +138,7 @@ def _methods(config: Config) -> None:
             f"optimizer.warmup_share={optimizer.warmup_share} and optimizer.decay_share="
             f"{optimizer.decay_share} are more than the whole run together."
         )
-    balancing(config.balance)
+    terms = balancing(config.balance)
     if model.capacity != "none" and any(c.name == "capacity" for c in parse(config.balance)):
         raise EquipoiseError(
             f"model.capacity={model.capacity!r} and balance={config.balance!r} both limit the load."
@@ -148,6 +148,21 @@ def _methods(config: Config) -> None:
     router = one(model.router)
     check_router(model, router)
     check_balance(config.balance, router)
+    _check_trained(config, router, terms)
+
+
+def _check_trained(config: Config, router: Call, terms: Sequence[Any]) -> None:
+    """Raise EquipoiseError for a router that nothing gives a gradient."""
+    if dict(router.options).get("weighting") != "equal":
+        return
+    from equipoise.balance import Loss
+
+    if not any(isinstance(term, Loss) for term in terms):
+        raise EquipoiseError(
+            f"model.router={str(router)!r} with balance={config.balance!r}: equal weights give the router "
+            "no gradient, and no loss does. Take another weighting, or a loss such as "
+            "balance='switch(weight=0.01)'."
+        )
 
 
 def check_shared(config: Config, count: int) -> None:
@@ -174,6 +189,13 @@ def check_shared(config: Config, count: int) -> None:
                 f"expert_parallel=true with parallel={config.parallel} and model.experts="
                 f"{config.model.experts} over {count} processes: it takes parallel=ddp and "
                 "a multiple of the processes."
+            )
+        if any(
+            dict(call.options).get("overflow") == "pad" for call in parse(config.model.capacity)
+        ):
+            raise EquipoiseError(
+                f"expert_parallel=true with model.capacity={config.model.capacity!r}: overflow=pad is for "
+                "experts that are all here; use overflow=drop or reroute."
             )
     if one(config.model.router).name == "soft" and (sharded or config.expert_parallel):
         raise EquipoiseError(

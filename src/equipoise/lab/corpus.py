@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Ids = NDArray[np.uint16]
 Say = Callable[[str], None]
 BEGIN, END = "<|begin|>", "<|end|>"
-SAMPLE_BYTES = 1_000_000
-"""Of each domain, that the vocabulary is made from."""
+SAMPLE = 1_000_000
+"""Characters of each domain that the vocabulary is made from."""
 EVERY = 20.0
 """Seconds between lines of progress."""
 _FORMAT = 1
@@ -239,7 +239,7 @@ def _sample(texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """The beginning of every document, so that every file takes part."""
     for documents in texts.values():
         total = sum(len(text) for text in documents)
-        share = min(1.0, SAMPLE_BYTES / max(total, 1))
+        share = min(1.0, SAMPLE / max(total, 1))
         for text in documents:
             if part := text[: max(1, round(len(text) * share))]:
                 yield part

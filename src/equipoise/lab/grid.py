@@ -68,6 +68,9 @@ class Grid:
     def _run(self) -> None:
         waiting = missing(self.configs, self.pool)
         self.say(f"{len(self.configs)} runs, {len(self.configs) - len(waiting)} finished before.")
+        for config in self.configs:
+            if (result := Result.find(self.pool, config)) is not None:
+                result.check_config()
         check_text(self.configs, self.pool)
         check_terms(self.configs, self.pool)
         if waiting:

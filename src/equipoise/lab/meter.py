@@ -54,8 +54,9 @@ class Meter:
         self._hooks.clear()
 
     def _clear(self) -> None:
-        self._counts_LE = torch.zeros(
-            len(self._layers), self._experts, dtype=torch.int64, device=self._device
+        # By id + 1: 0 is "no expert", and E + 1 a null expert; neither is load.
+        self._ids_LX = torch.zeros(
+            len(self._layers), self._experts + 2, dtype=torch.int64, device=self._device
         )
         self._sums_L = torch.zeros(len(self._layers), dtype=torch.float64, device=self._device)
         self._unchosen_L = torch.zeros(len(self._layers), dtype=torch.int64, device=self._device)
@@ -63,10 +64,8 @@ class Meter:
     def _hook(self, index: int) -> Any:
         def hook(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             logits_TE, _weights_TK, ids_TK = output
-            ids = ids_TK.flatten() + 1  # 0 is "no expert", which is not load
-            ids = ids.clamp(max=self._experts + 1)  # null experts neither
-            counts = torch.bincount(ids, minlength=self._experts + 2)
-            self._counts_LE[index] += counts[1 : self._experts + 1]
+            ids = (ids_TK.flatten() + 1).clamp(max=self._experts + 1)
+            self._ids_LX[index].scatter_add_(0, ids, torch.ones_like(ids))  # no wait for a GPU
             if gate.variable_top_k:
                 self._unchosen_L[index] += (ids_TK < 0).all(dim=1).sum()
             if self.scores:
@@ -76,7 +75,7 @@ class Meter:
 
     def take(self) -> Taken:
         """All since the last call."""
-        found = Taken(self._counts_LE, self._sums_L, self._unchosen_L)
+        found = Taken(self._ids_LX[:, 1:-1].contiguous(), self._sums_L, self._unchosen_L)
         self._clear()
         return found
 

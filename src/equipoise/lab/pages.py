@@ -79,9 +79,7 @@ def run_experiment(
         if not redraw:
             experiment.measure(pool, tier, say)
         return write_page(experiment, [], Path(out), tier)
-    configs = experiment.configs(tier, seeds)
-    if data is not None:
-        configs = [reading(config, data) for config in configs]
+    configs = _configs(experiment, tier, seeds, data)
     if redraw:
         if not _finished(configs, pool):
             raise EquipoiseError(
@@ -104,8 +102,13 @@ def run_experiment(
     return write_page(experiment, configs, Path(out), tier, seeds)
 
 
-def overview(out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1) -> Iterator[str]:
-    """A line for each experiment: its name, title and runs, with how many of them `out` holds."""
+def overview(
+    out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1, data: str | None = None
+) -> Iterator[str]:
+    """A line for each experiment: its name, title and runs, with how many of them `out` holds.
+
+    data: as `run_experiment` takes it.
+    """
     pool = Path(out) / "runs"
     _check_tier(tier)
     for name, experiment in EXPERIMENTS.items():
@@ -113,10 +116,15 @@ def overview(out: str | Path = "docs/lab", *, tier: str = "cpu", seeds: int = 1)
             there = (pool / f"{page_name(experiment, tier)}.json").exists()
             state = "measured" if there else "not measured"
         else:
-            configs = experiment.configs(tier, seeds)
+            configs = _configs(experiment, tier, seeds, data)
             done = sum(Result.find(pool, config) is not None for config in configs)
             state = f"{len(configs)} runs, {done} finished"
         yield f"{name:10} {experiment.title:45} {state}"
+
+
+def _configs(experiment: Experiment, tier: str, seeds: int, data: str | None) -> list[Config]:
+    configs = experiment.configs(tier, seeds)
+    return configs if data is None else [reading(config, data) for config in configs]
 
 
 def _check_tier(tier: str) -> None:

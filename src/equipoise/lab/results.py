@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.errors import EquipoiseError
-from equipoise.lab.config import Config, flat
+from equipoise.lab.config import Config, differences, flat
 from equipoise.lab.evaluate import Evaluation
 from equipoise.lab.folder import LABELS, RunFolder
 from equipoise.lab.journal import step_floor
@@ -52,8 +52,20 @@ class Result:
         folder = RunFolder(folder_of(pool, config))
         return cls(config, folder.path) if folder.finished else None
 
+    def check_config(self) -> None:
+        """Raise EquipoiseError where the run was made of another config: one of older defaults."""
+        found = differences(self.config, RunFolder(self.path).config())
+        other = {key: values for key, values in found.items() if key not in LABELS}
+        if other:
+            key, (ours, theirs) = next(iter(other.items()))
+            raise EquipoiseError(
+                f"{self.path} is a run with {key}={theirs}, not {ours}, which was not the default when it "
+                "was made: remove it, and it will be run again."
+            )
+
     def check(self) -> None:
-        """Raise EquipoiseError where what a page reads of the folder is not whole."""
+        """Raise EquipoiseError where what a page reads of the folder is not whole, or of another config."""
+        self.check_config()
         try:
             self.summary["parameters"], self.environment["tokens"], self.final.loss
             if len(self.counts) != self.summary["steps"]:

@@ -170,5 +170,11 @@ def make_capacity(model: ModelConfig) -> Any:
     if not parse(model.capacity):
         return None
     from equipoise import nn
+    from equipoise.nn.capacity import check_groups
 
-    return make(one(model.capacity, "model.capacity"), {"capacity": nn.Capacity}, "capacity")
+    made = make(one(model.capacity, "model.capacity"), {"capacity": nn.Capacity}, "capacity")
+    try:
+        check_groups(made.groups, model.experts)
+    except ValueError as error:
+        raise EquipoiseError(f"model.capacity={model.capacity!r}: {error}") from error
+    return made

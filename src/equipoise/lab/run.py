@@ -245,6 +245,8 @@ class Run:
 
     def _agreed(self, wanted: bool) -> bool:
         """Whether any process wants it: what is then done, all have to do together."""
+        if self.processes.count == 1:
+            return wanted
         told = torch.tensor(float(wanted), device=self.processes.device)
         return float(self.processes.total(told)) > 0
 
