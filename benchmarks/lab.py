@@ -4,8 +4,8 @@ One optimizer step of the CPU tier's model (`recipe("small")`: forward, backward
 that of transformers' OLMoE of the same shape with its grouped experts, on the same tokens; the two models
 have the same parameters but for OLMoE's query and key norms. Of the lab, the model's step alone, and a step
 of `equipoise train`, which reads its rows, counts the load, and notes both. And the shares of a step that
-reading and counting take. Each trains in a process of its own, set up as its users have it; a round is a
-step of each.
+reading and measuring take, each timed by itself. Each trains in a process of its own, set up as its users
+have it; a round is a step of each.
 
 By default on one thread, in processor time, so that other work on the machine does not matter. With
 `--wall`, time on the clock. With `--cores N`, on the clock, what N cores make of it: as threads of one
@@ -36,8 +36,8 @@ from equipoise.lab.batches import Batches
 from equipoise.lab.config import Config
 from equipoise.lab.corpus import Corpus, Domain
 from equipoise.lab.folder import RunFolder
+from equipoise.lab.journal import Step
 from equipoise.lab.launch import meetings
-from equipoise.lab.meter import Meter
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.optim import make_optimizer
 from equipoise.lab.processes import Processes
@@ -123,18 +123,6 @@ def of_the_model(config: Config, folder: Path) -> Callable[[], Any]:
     return lambda: step(model, optimizer, model, batches)
 
 
-def counted(config: Config, folder: Path) -> Callable[[], Any]:
-    """The same with every expert's selections counted."""
-    model, optimizer, batches = ours(config, folder)
-    meter = Meter(model)
-
-    def both() -> None:
-        step(model, optimizer, model, batches)
-        meter.take()
-
-    return both
-
-
 def ours(config: Config, folder: Path) -> tuple[LanguageModel, torch.optim.Optimizer, list[Any]]:
     """The lab's model in a process that is set up as the trainer sets it up."""
     Processes(config)
@@ -151,14 +139,44 @@ def of_the_trainer(config: Config, folder: Path) -> Callable[[], Any]:
 
 
 def reading(config: Config, folder: Path) -> Callable[[], Any]:
-    """Reading the rows of READ steps."""
+    """Reading the rows of REPEATS steps."""
     batches, number = rows(config, folder), iter(range(1, 1_000_000))
 
     def read() -> None:
-        for _ in range(READ):
+        for _ in range(REPEATS):
             batches.step(next(number))
 
     return read
+
+
+def measuring(config: Config, folder: Path) -> Callable[[], Any]:
+    """All that a run measures in a step, REPEATS times: selections of what the routers put out, their
+    load beside its floor, and what balancing by a loss and a bias measures.
+    """
+    balance = "switch(scope=global, weight=0.01) + sign(rate=0.001)"
+    run = Run(config.change({"balance": balance}), RunFolder(folder / "run"), Processes(config))
+    run.begin(corpus(config, folder))
+    run.model.train()
+    seen: list[tuple[int, Any, Any]] = []
+
+    def keep(index: int) -> Callable[..., None]:
+        return lambda gate, _, output: seen.append((index, gate, output))
+
+    layers = enumerate(run.plain.moe_layers())
+    hooks = [layer.gate.register_forward_hook(keep(index)) for index, layer in layers]
+    run.advance()
+    for hook in hooks:
+        hook.remove()
+
+    def measure() -> None:
+        for _ in range(REPEATS):
+            for index, gate, output in seen:
+                run.meter._hook(index)(gate, None, output)
+            counts_LE = run.meter.take().counts_LE.numpy()
+            step = Step(1, 1.0, 1.0, 1.0, 1.0, counts_LE, None, None)
+            run.journal.note(step, run.handle.metrics)
+
+    return measure
 
 
 def rows(config: Config, folder: Path) -> Batches:
@@ -167,15 +185,16 @@ def rows(config: Config, folder: Path) -> Batches:
 
 
 THEIRS, MODEL = "transformers' OLMoE, grouped", "lab"
-COUNTED, TRAINER, READING = "lab, load counted", "equipoise train", "reading"
+TRAINER, READING, MEASURING = "equipoise train", "reading", "measuring"
 MAKERS = {
     THEIRS: of_transformers,
     MODEL: of_the_model,
-    COUNTED: counted,
     TRAINER: of_the_trainer,
     READING: reading,
+    MEASURING: measuring,
 }
-READ, WARM_UP = 20, 4
+PARTS = {READING: "reading a step's rows", MEASURING: "measuring load and balancing"}
+REPEATS, WARM_UP = 20, 4
 
 
 class Other:
@@ -267,16 +286,16 @@ def table(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
             speed: f"{1 / ratio:.2f} ± {spread / ratio**2:.2f}",
         }
         for name, (ratio, spread) in found.items()
-        if name != READING
+        if name not in PARTS
     ]
     if READING not in seconds:
         return shown
     own = ratios(seconds, MODEL)
-    shares = {
-        "counting the load": f"{100 * (own[COUNTED][0] - 1):+.1f} % of a step",
-        "reading a step's rows": f"{100 * own[READING][0] / READ:.2f} % of a step",
-    }
-    return shown + [{"step": n, "tokens a second": "", speed: told} for n, told in shares.items()]
+    for name, part in PARTS.items():
+        share, spread = (100 * value / REPEATS for value in own[name])
+        told = f"{share:.2f} ± {spread:.2f} % of a step"
+        shown.append({"step": part, "tokens a second": "", speed: told})
+    return shown
 
 
 if __name__ == "__main__":

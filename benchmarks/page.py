@@ -14,7 +14,8 @@ HEAD = """# Benchmarks
 
 Every figure is a ratio to a baseline in the same run, or stands beside what the machine gave meanwhile:
 absolute speeds vary with the machine, and on a shared one from minute to minute. Variants take turns in
-every round; figures are medians over rounds. Written by `python benchmarks/page.py`.
+every round; figures are medians over rounds. Tables are written by `python benchmarks/page.py`; words
+between them, and rows of other machines, by hand.
 
 Not measured yet: anything on a GPU.
 """

@@ -367,6 +367,9 @@ EXPERIMENT = Experiment(
         loss and balance still fight for the same gradient steps;""",
         f"""that the leaders are the best: {" and ".join(f"`{name}`" for name in CHOSEN)} were made leaders
         after one seed of 16 experts, which is among the five;""",
+        """loss at equal load where a method is "more even than all": no Switch loss that was run is as even
+        there, as with most biases at 64 and 256 experts, and of the biases only the sign rule is run at more
+        strengths than two;""",
         """anything from single seeds: rows with one seed place a method on the picture, they do not order
         it;""",
         """that the weights suit other depths: losses are means over the layers, of which there are four
