@@ -1,4 +1,4 @@
-"""Training in the lab: `python benchmarks/lab.py [--repeats 9] [--cores 1] [--wall] [--json FILE]`.
+"""Training in the lab: `python benchmarks/lab.py [--repeats 9] [--cores 1] [--micro-rows 16] [--json FILE]`.
 
 One optimizer step of the CPU tier's model (`recipe("small")`: forward, backward, clipping, AdamW) over
 that of transformers' OLMoE of the same shape with its grouped experts, on the same tokens; the two models
@@ -7,8 +7,8 @@ of `equipoise train`, which reads its rows, counts the load, and notes both. And
 reading and measuring take, each timed by itself. Each trains in a process of its own, set up as its users
 have it; a round is a step of each.
 
-By default on one thread, in processor time, so that other work on the machine does not matter. With
-`--wall`, time on the clock. With `--cores N`, on the clock, what N cores make of it: as threads of one
+By default on one thread, in processor time, so that other work on the machine does not matter, and in the
+recipe's micro-batches. With `--wall`, time on the clock. With `--cores N`, on the clock, what N cores make of it: as threads of one
 process, which is what torch does by itself, and as processes that share the batch.
 """
 
@@ -200,14 +200,16 @@ REPEATS, WARM_UP = 20, 4
 class Other:
     """Processes that make a step together when they are asked to."""
 
-    def __init__(self, name: str, *, ranks: int = 1, threads: int = 1, wall: bool = False) -> None:
+    def __init__(
+        self, name: str, rows: int, *, ranks: int = 1, threads: int = 1, wall: bool = False
+    ) -> None:
         self.seconds = list[float]()
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(ranks)]
         self._here = [here for here, _ in pipes]
         places = meetings(ranks) if ranks > 1 else [{}]
         self._processes = [
-            context.Process(target=_serve, args=(name, place, threads, wall, there))
+            context.Process(target=_serve, args=(name, rows, place, threads, wall, there))
             for place, (_, there) in zip(places, pipes, strict=True)
         ]
 
@@ -232,13 +234,16 @@ class Other:
             process.join()
 
 
-def _serve(name: str, meeting: dict[str, str], threads: int, wall: bool, pipe: Any) -> None:
+def _serve(
+    name: str, rows: int, meeting: dict[str, str], threads: int, wall: bool, pipe: Any
+) -> None:
     os.environ.update(meeting)
     clock = time.perf_counter if wall else time.process_time
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        make_step = MAKERS[name](recipe("small").change({"threads": threads}), Path(folder))
+        config = recipe("small", {"threads": threads, "micro_rows": rows})
+        make_step = MAKERS[name](config, Path(folder))
         while pipe.recv():
             begin = clock()
             make_step()
@@ -249,15 +254,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--micro-rows", type=int, default=recipe("small").micro_rows)
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    command = "python benchmarks/lab.py"
+    command, rows = "python benchmarks/lab.py", options.micro_rows
+    if rows != recipe("small").micro_rows:
+        command += f" --micro-rows {rows}"
     if options.cores > 1:
         command += f" --cores {options.cores}"
         cores = options.cores
         begun = {
-            f"{name}, {way}": Other(name, **values, wall=True)
+            f"{name}, {way}": Other(name, rows, **values, wall=True)
             for way, values in (
                 (f"{cores} threads", {"threads": cores}),
                 (f"{cores} processes", {"ranks": cores}),
@@ -266,7 +274,7 @@ def main() -> None:
         }
     else:
         command += " --wall" if options.wall else ""
-        begun = {name: Other(name, wall=options.wall) for name in MAKERS}
+        begun = {name: Other(name, rows, wall=options.wall) for name in MAKERS}
     with ExitStack() as stack:
         others = {name: stack.enter_context(other) for name, other in begun.items()}
         interleaved({name: other.step for name, other in others.items()}, options.repeats, WARM_UP)
