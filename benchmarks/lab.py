@@ -8,8 +8,9 @@ reading and measuring take, each timed by itself. Each trains in a process of it
 have it; a round is a step of each.
 
 By default on one thread, in processor time, so that other work on the machine does not matter, and in the
-recipe's micro-batches. With `--wall`, time on the clock. With `--cores N`, on the clock, what N cores make of it: as threads of one
-process, which is what torch does by itself, and as processes that share the batch.
+recipe's micro-batches. With `--wall`, time on the clock. With `--cores N`, on the clock, what N cores make
+of it: as threads of one process, which is what torch does by itself, and as processes that share the
+batch.
 """
 
 from __future__ import annotations
