@@ -80,7 +80,9 @@ def test_an_experiment_becomes_a_page_with_its_figures(
     for config in configs[:3]:  # whichever run is the only one, as when a grid is stopped
         pages.write_page(experiment, [config], tmp_path, tier)
     other = configs[0].change({"seed": 1})
-    shutil.copytree(folder_of(tmp_path / "runs", configs[0]), folder_of(tmp_path / "runs", other))
+    copy = folder_of(tmp_path / "runs", other)
+    shutil.copytree(folder_of(tmp_path / "runs", configs[0]), copy)
+    (copy / "config.json").write_text(other.to_json())
     alone = pages.write_page(experiment, [other], tmp_path, tier, 2).read_text()
     asked = f"equipoise lab {name}{' --tier gpu' * (tier == 'gpu')} --seeds 2"
     assert f"`{asked}`: 1 of 1 runs" in alone
