@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import torch.distributed as dist
+
+from equipoise.lab.launch import leave as end
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 20_000
 """Letters of what failed processes said: both tracebacks, and the launcher's report behind them."""
+
+
+def leave() -> None:
+    """The end of such a process, after the last that the two do together."""
+    with suppress(RuntimeError):  # the other may be gone as soon as it has what it waited for
+        dist.barrier()
+    end()
 
 
 def torchrun(*worker: str | Path, seconds: int = 300) -> None:

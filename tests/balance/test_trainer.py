@@ -603,13 +603,14 @@ import torch
 from pathlib import Path
 torch.set_num_threads(1)
 from tests.balance import test_trainer as t
+from tests.torchrun import leave
 import importlib
 # As where attach() comes before TrainingArguments start torch.distributed.
 importlib.import_module("equipoise.balance.attach").group_of = lambda model, group: None
 found = t.sequential_run(Path({str(tmp_path / "two")!r}), 4)
 rank = torch.distributed.get_rank()
 torch.save(found, {str(tmp_path)!r} + f"/found-{{rank}}.pt")
-torch.distributed.destroy_process_group()
+leave()
 """
     script = tmp_path / "script.py"
     script.write_text(code)

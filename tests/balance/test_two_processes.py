@@ -32,7 +32,7 @@ from equipoise.balance import (
 )
 from equipoise.errors import EquipoiseError
 from tests.balance.conformance.models import ROWS, batch, build
-from tests.torchrun import torchrun
+from tests.torchrun import leave, torchrun
 
 pytestmark = pytest.mark.distributed
 
@@ -161,7 +161,7 @@ def main(folder: str) -> None:
     found["refused"] = _refused(Lifecycle())
     found["frozen"] = _frozen_when_sharded(rank)
     torch.save(found, Path(folder) / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

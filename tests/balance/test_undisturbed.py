@@ -100,6 +100,7 @@ from equipoise.balance import Bias, Loss, QuantileHistogram, attach
 from equipoise.errors import EquipoiseError
 from tests.balance.test_attach_api import batch
 from tests.balance.test_trainer import mixtral
+from tests.torchrun import leave
 torch.set_num_threads(1)
 early = attach(mixtral().train(), Loss("switch"), group=dist.group.WORLD)  # None: not yet begun
 dist.init_process_group("gloo")
@@ -129,7 +130,7 @@ for broken in (False, True):
     handle.step()
     found[broken] = torch.stack(handle.bias()), torch.stack(handle.counts())
 torch.save(found, f"{sys.argv[1]}/{rank}.pt")
-dist.destroy_process_group()
+leave()
 """
 
 

@@ -17,6 +17,7 @@ BATCHES = 6
 WORKER = f"""
 import os, sys, torch, torch.distributed as dist, equipoise
 from tests.capture.tiny import olmoe, tokens
+from tests.torchrun import leave
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, mode, path = dist.get_rank(), sys.argv[1], sys.argv[2]
@@ -35,7 +36,7 @@ with torch.no_grad(), equipoise.record(model, path, window_tokens=50, data_rank=
         with recorder.batch([number], [0], [20]):
             model(tokens(1, 20, seed=seed))
         recorder.complete(number, correct=seed % 2 == 0)
-dist.destroy_process_group()
+leave()
 """
 
 

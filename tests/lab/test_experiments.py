@@ -493,7 +493,7 @@ def test_the_overview_counts_what_is_finished(
     assert lines["frontier"].endswith("runs, 0 finished")
     assert lines["cost"].endswith("not measured")
     assert max(map(len, lines.values())) <= 80
-    other = configure(**{"data__domains": ("klingon",)})
+    other = configure(data__domains=("klingon",))
     monkeypatch.setitem(EXPERIMENTS, "scope", replace(scope, configs=lambda *_: [other]))
     train(other.change({"data.domains": ()}), folder_of(tmp_path / "runs", configs[0]), save=False)
     elsewhere = {line.split()[0]: line for line in pages.overview(tmp_path, data=other.data.source)}

@@ -194,6 +194,18 @@ def test_accelerate_s_launcher_of_one_process_trains_as_the_command_does(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_process_that_leaves_says_all_and_is_not_taken_down() -> None:
+    code = """
+import atexit
+from equipoise.lab.launch import leave
+atexit.register(print, "taken down")
+print("said", end="")
+leave(3)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (3, "said")
+
+
 def test_another_number_of_processes_is_refused(folder: Path, text: Path) -> None:
     with pytest.raises(equipoise.EquipoiseError, match="begun with 2 processes, and this is 1"):
         train(config_of(text), folder / "left")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import Config, train
+from tests.torchrun import leave
 
 
 def interrupted(now: Any) -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     for name, way, text in json.loads(file.read_text()):
         found[name] = WAYS[way](Config.from_json(text), file.parent / name)
     (file.parent / f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -212,6 +212,7 @@ from equipoise.nn.layer import MoELayer
 from equipoise.nn.limiter import Capacity
 from equipoise.nn.parallel import ParallelExperts
 from tests.nn.test_layer import CASES, parallel_problem
+from tests.torchrun import leave
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, group = dist.get_rank(), dist.group.WORLD
@@ -248,7 +249,7 @@ drawn = ParallelExperts(6, 7, 8, process_group=group)
 found["drawn"] = [torch.rand(4), *(p.detach() for p in drawn.parameters())]
 found["layer"] = (errors, layer.limiter.share_E, ids[0], (site.num_experts, site.top_k))
 torch.save(found, f"{sys.argv[1]}/{rank}.pt")
-dist.destroy_process_group()
+leave()
 """
 
 

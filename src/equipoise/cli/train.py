@@ -81,9 +81,9 @@ def train(
     if show:
         _show(recipe, values or [])
         return
-    if "WORLD_SIZE" not in os.environ and (count := _config(recipe, values or []).processes) > 1:
-        from equipoise.lab.launch import launch
+    from equipoise.lab.launch import launch, leave
 
+    if "WORLD_SIZE" not in os.environ and (count := _config(recipe, values or []).processes) > 1:
         launch([sys.executable, "-m", "equipoise", *sys.argv[1:]], count)
         return
     try:
@@ -93,7 +93,9 @@ def train(
         if _first():
             raise
         time.sleep(SECONDS_TO_TELL)  # the launcher stops all as soon as one has ended
-        raise SystemExit(2) from None
+        leave(2)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave()
 
 
 def _tell_launcher(message: str) -> None:

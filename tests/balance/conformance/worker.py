@@ -30,6 +30,7 @@ from tests.balance.conformance.settings import (
     run,
     terms_of,
 )
+from tests.torchrun import leave
 
 
 def wrapper(setting: Setting) -> Wrap:
@@ -117,7 +118,7 @@ def main(folder: str, name: str = "") -> None:
             found["losses"] |= losses(setting, family, every)
             found["controllers"] |= controlled(setting, family, every)
     torch.save(found, Path(folder) / f"rank-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
