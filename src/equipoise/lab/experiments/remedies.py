@@ -290,11 +290,11 @@ EXPERIMENT = Experiment(
     "The other remedies that people propose",
     """Published: experts that choose their tokens leak the future (arXiv 2408.15664: in a 2 B model trained
     on 100 B tokens, choosing within 512 tokens instead of 8192 lowers the loss by about 10 %, and
-    shuffling tokens over chunks takes the drop away). Thresholds in place of the choice are said to have the
-    lower loss than top-k, by one run (2603.11535, here from a secondary source). For noise, a random second expert, limits of capacity, soft mixtures,
-    temperature, entropy, adversarial idleness, reviving, freezing, retiring, and a reserve of experts no
-    measured effect on a language model is among the sources used here; whose proposals they are
-    docs/nn.md and docs/balance.md say.""",
+    shuffling tokens over chunks takes the drop away). Thresholds in place of the choice are said to have
+    the lower loss than top-k, by one run (2603.11535, here from a secondary source). For noise, a random
+    second expert, limits of capacity, soft mixtures, temperature, entropy, adversarial idleness, reviving,
+    freezing, retiring, and a reserve of experts no measured effect on a language model is among the
+    sources used here; whose proposals they are docs/nn.md and docs/balance.md say.""",
     configs,
     write,
     (
