@@ -291,7 +291,7 @@ def _beside_published(page: Page, results: Results) -> None:
     """What perplexity changed by in the paper, and between the runs nearest to it."""
     loss = {name: np.mean([r.final.loss for r in runs]) for name, runs in results.items()}
     rows = [
-        (what, f"{theirs} → {to}", _percent(to / theirs), f"{low} → {high}",
+        (what, f"{theirs:.3f} → {to:.3f}", _percent(to / theirs), f"{low} → {high}",
          _percent(float(np.exp(loss[high] - loss[low]))))
         for what, to, theirs, high, low in PUBLISHED
         if {high, low} <= loss.keys()
