@@ -258,16 +258,21 @@ def test_a_grid_that_is_told_twice_leaves_no_run_behind(
     assert missing(configs, pool) == configs
 
 
+def grid_whose_run_begins(folder: Path, config: Config) -> subprocess.Popen[str]:
+    """A grid of one run in folder/pool, that has just started it."""
+    load_corpus(config.data)
+    grid = start_grid(folder, folder / "pool", config)
+    assert grid.stdout is not None
+    while "begins" not in (line := grid.stdout.readline()):
+        assert line, "the grid ended"
+    return grid
+
+
 @pytest.mark.slow
 def test_a_run_whose_grid_is_killed_before_it_begins_does_not_begin(
     tmp_path: Path, configure: Callable[..., Config]
 ) -> None:
-    config = configure(trace=False)
-    load_corpus(config.data)
-    grid = start_grid(tmp_path, tmp_path / "pool", config)
-    assert grid.stdout is not None
-    while "begins" not in (line := grid.stdout.readline()):
-        assert line, "the grid ended"
+    grid = grid_whose_run_begins(tmp_path, configure(trace=False))
     grid.kill()  # while its run imports torch
     grid.communicate(timeout=60)
     assert not (tmp_path / "pool").exists()
@@ -278,11 +283,7 @@ def test_ctrl_c_while_a_run_begins_is_the_grid_s(
     tmp_path: Path, configure: Callable[..., Config]
 ) -> None:
     config = configure(trace=False)
-    load_corpus(config.data)
-    grid = start_grid(tmp_path, tmp_path / "pool", config)
-    assert grid.stdout is not None
-    while "begins" not in (line := grid.stdout.readline()):
-        assert line, "the grid ended"
+    grid = grid_whose_run_begins(tmp_path, config)
     os.killpg(grid.pid, signal.SIGINT)  # as a terminal does, while the run imports torch
     said = grid.communicate(timeout=60)[1]
     assert said.count("Traceback") == 1  # of the script, which catches nothing

@@ -92,7 +92,7 @@ def run_experiment(
             Grid(configs, pool, workers or (1 if tier == "gpu" else cores()), say).run()
             if experiment.timed:
                 measure(configs, turns_of(pool, experiment, tier), say)
-    except (EquipoiseError, KeyboardInterrupt):
+    except BaseException:  # stopped or failed, whatever the reason
         if _finished(configs, pool):  # the page tells of those that are there
             try:
                 write_page(experiment, configs, Path(out), tier, seeds)
