@@ -33,13 +33,8 @@ LIFE = "patience=10, below=0.01"
 
 def configs(tier: str, seeds: int) -> list[Config]:
     """One remedy a run, evaluated on a part of the held-out text."""
-    base = (small() if tier == "cpu" else gpu()).change(
-        {
-            "model.router": "softmax(weighting=scores)",
-            "tokens": 2_000_000 if tier == "cpu" else 50_000_000,
-            "evaluation_tokens": 100_000,
-        }
-    )
+    base = small() if tier == "cpu" else gpu().change({"tokens": 50_000_000})
+    base = base.change({"model.router": "softmax(weighting=scores)", "evaluation_tokens": 100_000})
     runs = {**_telling(base), **_further(base)}
     return seeded([base.change({"name": n, **c}) for n, c in runs.items()], seeds)
 
