@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from equipoise.nn import dispatch, naive
+from equipoise.nn import dispatch, experts, naive
 from equipoise.nn.experts import Experts
-from equipoise.nn.grouped import batched_linear, can_group, grouped_linear
+from equipoise.nn.grouped import (
+    batched_linear,
+    can_group,
+    grouped_dtype,
+    grouped_linear,
+    linear_dtype,
+)
 from equipoise.routing import NO_EXPERT
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -213,11 +224,58 @@ def test_weights_in_float32_beside_states_in_bfloat16() -> None:
     torch.testing.assert_close(out, module(hidden, ids, weights), rtol=0.05, atol=0.02)
 
 
-def test_autocast_casts_to_the_weights() -> None:
-    module, (hidden, ids, weights) = problem(width=7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_on_a_cpu_autocast_casts_to_the_weights(dtype: torch.dtype) -> None:
+    module, (hidden, ids, weights) = problem(width=7, dtype=dtype)
+    wanted = module(hidden, ids, weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(hidden, ids, weights), wanted)
         out = module(hidden.bfloat16(), ids, weights)
-    torch.testing.assert_close(out.float(), module(hidden, ids, weights), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(out.to(dtype), wanted, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("width", [8, 7], ids=["grouped", "loop"])
+@pytest.mark.parametrize("capacity", [None, 9])
+@pytest.mark.parametrize("options", [{}, {"gated": False, "activation": "gelu"}], ids=str)
+def test_in_autocasts_type_experts_are_those_cast_to_it(
+    options: dict[str, object], capacity: int | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, (hidden, ids, weights) = problem(width=width, empty=0.2, **options)
+    half = copy.deepcopy(module).bfloat16()
+    wanted = value_and_gradients(
+        lambda h, w: half(h, ids, w, capacity), hidden.bfloat16(), weights, half
+    )
+    monkeypatch.setattr(experts, "grouped_dtype", lambda _: torch.bfloat16)
+    found = value_and_gradients(lambda h, w: module(h, ids, w, capacity), hidden, weights, module)
+    for x, y in zip(found, wanted, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y.float())
+
+
+def test_grouped_products_follow_autocast_but_on_a_cpu() -> None:
+    with FakeTensorMode():
+        here, there = torch.empty(2, 8, 8), torch.empty(2, 8, 8, device="cuda")
+    with autocast("cpu"), autocast("cuda"):
+        found = [(linear_dtype(x), grouped_dtype(x)) for x in (here, there, there.double())]
+    assert found == [
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ]
+    assert grouped_dtype(there) == torch.float32
+
+
+@contextmanager
+def autocast(device: str) -> Iterator[None]:
+    """As torch.autocast, where there is no such device."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
 
 
 def test_transformers_weights_move_over() -> None:

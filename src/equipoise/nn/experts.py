@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from equipoise.nn import dispatch
-from equipoise.nn.grouped import batched_linear, grouped_linear
+from equipoise.nn.grouped import batched_linear, grouped_dtype, grouped_linear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -91,8 +91,7 @@ class Experts(nn.Module):
             plan = dispatch.plan(ids_TK, held)
         else:
             plan = dispatch.padded_plan(ids_TK, held, capacity)
-        # The grouped product is not among those that autocast casts.
-        rows_RD = dispatch.spread(hidden_TD.to(self.down_proj.dtype), plan)
+        rows_RD = dispatch.spread(hidden_TD.to(grouped_dtype(self.down_proj)), plan)
         rows_RD = self._rows(rows_RD, dispatch.slot_weights(weights_TK, plan), plan)
         return dispatch.combine(rows_RD, plan).to(hidden_TD.dtype)
 
@@ -130,6 +129,7 @@ def check_shapes(hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, hidden_s
 
 
 def _product(rows_RI: Tensor, weight_EOI: Tensor, plan: dispatch.Plan) -> Tensor:
+    weight_EOI = weight_EOI.to(rows_RI.dtype)
     if plan.equal:
         return batched_linear(rows_RI, weight_EOI)
     return grouped_linear(rows_RI, weight_EOI, plan.ends_E)

@@ -27,6 +27,25 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tenso
     return result
 
 
+def linear_dtype(weight: Tensor) -> torch.dtype:
+    """What nn.Linear would compute a product with `weight` in: autocast's type where it is on, or its own.
+
+    torch's autocast knows neither grouped products nor those within functions of our own.
+    """
+    device = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def grouped_dtype(weight_EOI: Tensor) -> torch.dtype:
+    """What grouped products are computed in: as nn.Linear's, but on a CPU in the type of the weights.
+
+    There torch compiles a kernel in bfloat16 for every number of rows, which takes longer than it saves.
+    """
+    return weight_EOI.dtype if weight_EOI.device.type == "cpu" else linear_dtype(weight_EOI)
+
+
 def batched_linear(rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
     """The same where every expert has R / E rows: one batched product, shapes known beforehand."""
     experts = len(weight_EOI)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equipoise.nn import dispatch
 from equipoise.nn.experts import Experts, check_shapes
+from equipoise.nn.grouped import grouped_dtype
 
 
 class ParallelExperts(Experts):
@@ -80,7 +81,7 @@ class ParallelExperts(Experts):
             raise ValueError("buffers of a fixed capacity are not there across processes; use drop")
         plan = dispatch.plan(top_k_index, self.num_experts, static=False)
         sent, received, ids_R1 = self._agree(plan.ends_E)
-        rows_RD = dispatch.spread(hidden_states.to(self.down_proj.dtype), plan)
+        rows_RD = dispatch.spread(hidden_states.to(grouped_dtype(self.down_proj)), plan)
         weights_R = dispatch.slot_weights(top_k_weights, plan)
         rows_RD = exchange(rows_RD, sent, received, self.process_group)
         weights_R1 = exchange(weights_R.unsqueeze(1), sent, received, self.process_group)
