@@ -3,9 +3,10 @@
 One optimizer step of the CPU tier's model (`recipe("small")`: forward, backward, clipping, AdamW) over
 that of transformers' OLMoE of the same shape with its grouped experts, on the same tokens; the two models
 have the same parameters but for OLMoE's query and key norms. Of the lab, the model's step alone, and a step
-of `equipoise train`, which reads its rows, counts the load, and notes both. And the shares of a step that
-reading and measuring take, each timed by itself. Each trains in a process of its own, set up as its users
-have it; a round is a step of each.
+of `equipoise train`, which reads its rows, counts the load, and notes both; where the processor has
+products in bfloat16, the two whole ones under autocast, too. And the shares of a step that reading and
+measuring take, each timed by itself. Each trains in a process of its own, set up as its users have it; a
+round is a step of each.
 
 By default on one thread, in processor time, so that other work on the machine does not matter, and in the
 recipe's micro-batches. With `--wall`, time on the clock. With `--cores N`, on the clock, what N cores make
@@ -112,8 +113,9 @@ def of_transformers(config: Config, folder: Path) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+            logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     return lambda: step(model, optimizer, loss, batches)
 
@@ -202,7 +204,7 @@ class Other:
     """Processes that make a step together when they are asked to."""
 
     def __init__(
-        self, name: str, rows: int, *, ranks: int = 1, threads: int = 1, wall: bool = False
+        self, name: str, settings: dict[str, Any], *, ranks: int = 1, wall: bool = False
     ) -> None:
         self.seconds = list[float]()
         context = multiprocessing.get_context("spawn")
@@ -210,7 +212,7 @@ class Other:
         self._here = [here for here, _ in pipes]
         places = meetings(ranks) if ranks > 1 else [{}]
         self._processes = [
-            context.Process(target=_serve, args=(name, rows, place, threads, wall, there))
+            context.Process(target=_serve, args=(name, settings, place, wall, there))
             for place, (_, there) in zip(places, pipes, strict=True)
         ]
 
@@ -236,19 +238,46 @@ class Other:
 
 
 def _serve(
-    name: str, rows: int, meeting: dict[str, str], threads: int, wall: bool, pipe: Any
+    name: str, settings: dict[str, Any], meeting: dict[str, str], wall: bool, pipe: Any
 ) -> None:
     os.environ.update(meeting)
     clock = time.perf_counter if wall else time.process_time
-    torch.set_num_threads(threads)
+    config = recipe("small", settings)
+    torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        config = recipe("small", {"threads": threads, "micro_rows": rows})
         make_step = MAKERS[name](config, Path(folder))
         while pipe.recv():
             begin = clock()
             make_step()
             pipe.send(clock() - begin)
+
+
+def on_one(rows: int, wall: bool) -> dict[str, Other]:
+    """All on one thread."""
+    whole = {"micro_rows": rows, "threads": 1}
+    begun = {name: Other(name, whole, wall=wall) for name in MAKERS}
+    for name in (THEIRS, TRAINER) if has_bfloat16() else ():
+        begun[f"{name}, bfloat16"] = Other(name, {**whole, "precision": "bfloat16"}, wall=wall)
+    return begun
+
+
+def on_cores(cores: int, rows: int) -> dict[str, Other]:
+    """As threads, and as processes."""
+    ways = {f"{cores} threads": (cores, 1), f"{cores} processes": (1, cores)}
+    precisions = {"": "float32"} | ({", bfloat16": "bfloat16"} if has_bfloat16() else {})
+    begun = {}
+    for told, precision in precisions.items():
+        for way, (threads, ranks) in ways.items():
+            settings = {"micro_rows": rows, "threads": threads, "precision": precision}
+            for name in (THEIRS, TRAINER):
+                begun[f"{name}, {way}{told}"] = Other(name, settings, ranks=ranks, wall=True)
+    return begun
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor makes products in it."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def main() -> None:
@@ -264,18 +293,10 @@ def main() -> None:
         command += f" --micro-rows {rows}"
     if options.cores > 1:
         command += f" --cores {options.cores}"
-        cores = options.cores
-        begun = {
-            f"{name}, {way}": Other(name, rows, **values, wall=True)
-            for way, values in (
-                (f"{cores} threads", {"threads": cores}),
-                (f"{cores} processes", {"ranks": cores}),
-            )
-            for name in (THEIRS, TRAINER)
-        }
+        begun = on_cores(options.cores, rows)
     else:
         command += " --wall" if options.wall else ""
-        begun = {name: Other(name, rows, wall=options.wall) for name in MAKERS}
+        begun = on_one(rows, options.wall)
     with ExitStack() as stack:
         others = {name: stack.enter_context(other) for name, other in begun.items()}
         interleaved({name: other.step for name, other in others.items()}, options.repeats, WARM_UP)

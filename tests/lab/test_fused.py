@@ -40,6 +40,36 @@ def test_attention_on_rotary_heads_is_that_of_autograd(
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*found, strict=True))
 
 
+def test_under_autocast_only_the_products_of_rotary_heads_are_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    rotary = Rotary.of(torch.rand(LENGTH, WIDTH // 2).repeat(1, 2), HEADS, KV_HEADS)
+    leaves = (
+        0.5 * torch.randn(ROWS, LENGTH, HIDDEN),
+        torch.randn((HEADS + 2 * KV_HEADS) * WIDTH, HIDDEN),
+    )
+    found = []
+    for plain, autocast in ((False, True), (True, True), (False, False)):
+        monkeypatch.setattr(fused, "_worthwhile", lambda _, plain=plain: not plain)
+        hidden_BSD, weight_RD = (leaf.clone().requires_grad_() for leaf in leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            query, key, value = rotary_heads(
+                hidden_BSD, weight_RD, rotary, heads=HEADS, kv_heads=KV_HEADS
+            )
+        mixed_BHSC = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        mixed_BHSC.square().sum().backward()
+        found.append([mixed_BHSC.detach(), value.detach(), hidden_BSD.grad, weight_RD.grad])
+    assert all(tensor.dtype == torch.float32 for tensors in found for tensor in tensors)
+    for fast, slow, exact in zip(*found, strict=True):
+        assert 1e-4 < apart(fast, exact) < 0.02
+        assert apart(fast, slow) < 0.01
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(((one - other).norm() / other.norm()).detach())
+
+
 def test_rotary_heads_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     angles_SC = torch.rand(LENGTH, WIDTH // 2, dtype=torch.float64).repeat(1, 2)

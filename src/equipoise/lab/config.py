@@ -114,7 +114,7 @@ class Config:
     """Rows of a forward pass of one process."""
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast, where the device has it; weights stay float32."""
+    """bfloat16: autocast; weights stay float32, and on a CPU attention and experts."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """What several processes do with the model."""
     expert_parallel: bool = False

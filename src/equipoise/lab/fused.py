@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from equipoise.nn.grouped import linear_dtype
+
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, faster on a CPU; same parameters and values."""
@@ -90,7 +92,10 @@ def rotary_heads(
             hidden_BSD, weight_RD, rotary, heads, kv_heads
         )
         return fast
-    query, key, value = _split(F.linear(hidden_BSD, weight_RD), rotary, heads, kv_heads)
+    joint_BSR = F.linear(hidden_BSD, weight_RD)
+    if joint_BSR.device.type == "cpu":  # under autocast, as the fast way has them
+        joint_BSR = joint_BSR.to(hidden_BSD.dtype)
+    query, key, value = _split(joint_BSR, rotary, heads, kv_heads)
     return _rotated(query, rotary), _rotated(key, rotary), value
 
 
@@ -114,10 +119,12 @@ class _RotaryHeads(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_BSD: Tensor, weight_RD: Tensor, rotary: Rotary, heads: int, kv_heads: int
     ) -> tuple[Tensor, ...]:
-        paired_RD = weight_RD.index_select(0, rotary.order_R)
+        dtype = linear_dtype(weight_RD)
+        hidden_BSD = hidden_BSD.to(dtype)
+        paired_RD = weight_RD.index_select(0, rotary.order_R).to(dtype)
         ctx.save_for_backward(hidden_BSD, paired_RD, rotary.turn_SP, rotary.order_R)
         ctx.counts = heads, kv_heads
-        joint_BSR = F.linear(hidden_BSD, paired_RD)
+        joint_BSR = F.linear(hidden_BSD, paired_RD).to(weight_RD.dtype)
         turned_BSX = joint_BSR[..., : 2 * rotary.turn_SP.shape[1]]
         _turn(turned_BSX, rotary.turn_SP, out=turned_BSX)
         return _split(joint_BSR, rotary, heads, kv_heads)
@@ -133,9 +140,11 @@ class _RotaryHeads(torch.autograd.Function):
         _turn(query, back_SP[:, : query.shape[2] // 2], out=parts[0])
         _turn(key, back_SP[:, : key.shape[2] // 2], out=parts[1])
         parts[2].copy_(value)
-        grad_paired_RD = grad_BSR.flatten(0, 1).t() @ hidden_BSD.flatten(0, 1)
+        dtype = grad_BSR.dtype
+        grad_BSR = grad_BSR.to(paired_RD.dtype)
+        grad_paired_RD = (grad_BSR.flatten(0, 1).t() @ hidden_BSD.flatten(0, 1)).to(dtype)
         grad_RD = torch.empty_like(grad_paired_RD).index_copy_(0, order_R, grad_paired_RD)
-        return grad_BSR @ paired_RD, grad_RD, None, None, None
+        return (grad_BSR @ paired_RD).to(dtype), grad_RD, None, None, None
 
 
 def _turn(rows_BSX: Tensor, turn_SP: Tensor, *, out: Tensor) -> None:
@@ -146,9 +155,4 @@ def _turn(rows_BSX: Tensor, turn_SP: Tensor, *, out: Tensor) -> None:
 
 
 def _worthwhile(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()

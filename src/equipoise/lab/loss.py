@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.nn.grouped import linear_dtype
+
 CHUNK = 512
 """Rows at a time. Their logits stay in the cache of a CPU; on a GPU chunks only cost launches."""
 
@@ -27,8 +29,7 @@ def linear_cross_entropy(
         return torch.cat(
             [F.cross_entropy(F.linear(h, weight_VD).float(), y, reduction="none") for h, y in parts]
         )
-    made_here = hidden_TD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if not (made_here and torch.is_grad_enabled()):
+    if hidden_TD.device.type != "cpu" or not torch.is_grad_enabled():
         return F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), targets_T)
     loss: Tensor = _Chunked.apply(hidden_TD, weight_VD, targets_T)  # type: ignore[no-untyped-call]
     return loss
@@ -38,10 +39,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         grad_TD, grad_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD)
+        dtype = linear_dtype(weight_VD)
+        hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
         total = hidden_TD.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden_TD), CHUNK):
             rows = slice(start, start + CHUNK)
-            total += _chunk(hidden_TD[rows], weight_VD, targets_T[rows], grad_TD[rows], grad_VD)
+            total += _chunk(hidden[rows], weight, targets_T[rows], grad_TD[rows], grad_VD)
         ctx.save_for_backward(grad_TD, grad_VD)
         ctx.count = len(hidden_TD)
         return (total / len(hidden_TD)).to(hidden_TD.dtype)
@@ -57,7 +60,7 @@ def _chunk(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, grad_TD: Tensor, grad_VD: Tensor
 ) -> Tensor:
     """Sum of the losses of some rows; their gradients go into grad_TD, and are added to grad_VD."""
-    logits_TV = hidden_TD @ weight_VD.t()
+    logits_TV = (hidden_TD @ weight_VD.t()).to(grad_VD.dtype)
     shifted_TV = logits_TV.sub_(logits_TV.amax(1, keepdim=True))
     picked_T1 = shifted_TV.gather(1, targets_T[:, None])
     scores_TV = shifted_TV.exp_()
@@ -65,6 +68,7 @@ def _chunk(
     losses_T1 = sums_T1.log() - picked_T1
     error_TV = scores_TV.div_(sums_T1)
     error_TV.scatter_add_(1, targets_T[:, None], error_TV.new_full(targets_T[:, None].shape, -1.0))
-    torch.mm(error_TV, weight_VD, out=grad_TD)
-    grad_VD.addmm_(error_TV.t(), hidden_TD)
+    error = error_TV.to(hidden_TD.dtype)
+    grad_TD.copy_(error @ weight_VD)
+    grad_VD.add_(error.t() @ hidden_TD)
     return losses_T1.sum(dtype=torch.float64)

@@ -37,11 +37,13 @@ class Attention(nn.Module):
         query, key, value = rotary_heads(
             hidden_BSD, self.qkv_proj.weight, rotary, heads=self.heads, kv_heads=self.kv_heads
         )
-        mixed_BHSC = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=self.kv_heads != self.heads
-        )
+        # On a CPU, torch's backward pass of attention takes several times longer in bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            mixed_BHSC = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=self.kv_heads != self.heads
+            )
         out: Tensor = self.o_proj(mixed_BHSC.transpose(1, 2).flatten(2))
-        return out
+        return out.to(hidden_BSD.dtype)
 
 
 class Dense(nn.Module):
