@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from equipoise.balance import Bias, Handle, Loss, Sign, attach, objectives
+from equipoise import balance
+from equipoise.balance import (
+    Bias,
+    Handle,
+    Loss,
+    Running,
+    Sign,
+    Subset,
+    TargetMaxVio,
+    attach,
+    objectives,
+)
 from equipoise.balance.measures import NAMES
 from equipoise.errors import EquipoiseError, RoutingError
 
@@ -367,6 +378,24 @@ def test_a_loss_on_the_routers_weight_is_measured_and_has_nothing_to_check() -> 
         assert handle.metrics()[name] == pytest.approx(float(value), rel=1e-5)
         with pytest.raises(EquipoiseError, match="about the backward pass"):
             handle.check(**batch())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Loss("switch"),
+        Loss("switch", scope=Running(decay=0.5), weight=0.1, count="kept"),
+        Loss("communication", options={"groups": 4}),
+        Loss("switch", controller=TargetMaxVio(0.3), convention="megatron"),
+        Loss("entropy", scope=Subset(seed=3), weight=-1.0),
+    ],
+    ids=repr,
+)
+def test_a_loss_prints_as_the_call_that_makes_it(loss: Loss) -> None:
+    made = eval(repr(loss), vars(balance))
+    assert (made.scope, made.weight, made.count) == (loss.scope, loss.weight, loss.count)
+    assert (made.options, made.controller) == (loss.options, loss.controller)
+    assert (made.convention, made.name) == (loss.convention, loss.name)
 
 
 @pytest.mark.parametrize(

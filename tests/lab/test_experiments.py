@@ -427,17 +427,19 @@ def test_finished_runs_of_another_text_are_refused(
         Grid([named], tmp_path / "runs", 1).run()
 
 
-def test_finished_runs_of_another_recommended_are_refused(
-    tmp_path: Path, configure: Callable[..., Config]
+@pytest.mark.parametrize("balance", ["recommended", "quantile"])
+def test_finished_runs_of_terms_with_other_defaults_are_refused(
+    balance: str, tmp_path: Path, configure: Callable[..., Config]
 ) -> None:
-    config = configure(balance="recommended", model__router="sigmoid")
+    config = configure(balance=balance, model__router="sigmoid")
     folder = folder_of(tmp_path, config)
     train(config, folder, save=False)
     Grid([config], tmp_path, 1).run()
     environment = RunFolder(folder).read("environment.json")
-    RunFolder(folder).write("environment.json", {**environment, "recommended": ["Bias(Old())"]})
+    RunFolder(folder).write("environment.json", {**environment, "balance": ["Bias(Old())"]})
     with pytest.raises(
-        EquipoiseError, match=r"stood for Bias\(Old\(\)\), and now stands for Bias\("
+        EquipoiseError,
+        match=rf"balance={balance} stood for Bias\(Old\(\)\), and now stands for Bias\(",
     ):
         Grid([config], tmp_path, 1).run()
 

@@ -355,7 +355,7 @@ def test_what_recommended_stood_for_is_kept_and_another_is_refused(
     config = configure(balance="recommended", model__router="sigmoid", trace=False)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, progress=stopped_at(2))
-    (term,) = RunFolder(tmp_path).read("environment.json")["recommended"]
+    (term,) = RunFolder(tmp_path).read("environment.json")["balance"]
     assert term.startswith("Bias(controller=QuantileHistogram(")
     with monkeypatch.context() as patch:
         patch.setattr("equipoise.balance.recommended", lambda _: (Loss("switch", weight=0.5),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -104,8 +104,18 @@ class Loss:
             object.__setattr__(self, "name", f"{objective.name}_{scope.name}{kind}")
 
     def __repr__(self) -> str:
-        objective, scope = objective_of(self).name, scope_of(self).name
-        return f"Loss({objective!r}, scope={scope!r}, weight={self.weight!r})"
+        scope = scope_of(self)
+        shown: dict[str, Any] = {"scope": scope if fields(scope) else scope.name}
+        shown["weight"] = self.weight
+        usual: dict[str, Any] = {
+            "count": "selected",
+            "options": {},
+            "controller": None,
+            "convention": "equipoise",
+        }
+        shown |= {key: getattr(self, key) for key in usual if getattr(self, key) != usual[key]}
+        told = (f"{key}={value!r}" for key, value in shown.items())
+        return f"Loss({', '.join([repr(objective_of(self).name), *told])})"
 
     def factor(self, *, top_k: int, num_layers: int, num_experts: int, ranks: int) -> float:
         """What turns `weight` into ours, for a model of this shape."""

@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | `config.json` | every setting |
-| `environment.json` | versions, commit, machine, the digest of the tokens; `later`: others that went on |
+| `environment.json` | versions, commit, machine, digest of the tokens, terms; `later`: others that went on |
 | `metrics.parquet` | a row per optimizer step: loss, rate, time, gradient norm, counts [L x E] |
 | `evaluations.json` | losses and counts by domain, for each evaluation |
 | `result.json` | written last: what the run came to |
@@ -106,12 +106,12 @@ class RunFolder:
             )
 
     def _check_terms(self, terms: Sequence[str]) -> None:
-        before = self.read("environment.json").get("recommended") if self._described else None
+        before = self.read("environment.json").get("balance") if self._described else None
         if before is not None and before != list(terms):
             raise EquipoiseError(
-                f"{self.path} was begun where balance=recommended stood for {' + '.join(before)}, and now "
-                f"it stands for {' + '.join(terms)}: choose another folder with --out, or --force to begin "
-                "anew here."
+                f"{self.path} was begun where its setting of balance stood for {' + '.join(before)}, and "
+                f"now it stands for {' + '.join(terms)}: choose another folder with --out, or --force to "
+                "begin anew here."
             )
 
     def begin(
@@ -119,7 +119,7 @@ class RunFolder:
     ) -> None:
         """Begin in the folder held, or find that it is of this same run; EquipoiseError where not.
 
-        terms: what balance=recommended stands for. force: throw away the run that is there.
+        terms: what the setting of balance stands for. force: throw away the run that is there.
         """
         self.check(config, force=force)
         if force:
@@ -130,8 +130,7 @@ class RunFolder:
             write_text(self.path / "config.json", config.to_json())
         here = environment()
         if not self._described:
-            stood_for = {"recommended": list(terms)} if terms else {}
-            self.write("environment.json", {**here, "tokens": digest, **stood_for})
+            self.write("environment.json", {**here, "tokens": digest, "balance": list(terms)})
         elif not self.finished:
             self._went_on(here)
 
@@ -139,7 +138,7 @@ class RunFolder:
         """Note another commit, machine or version that goes on with the run."""
         first = self.read("environment.json")
         later = first.pop("later", [])
-        kept = {name: first.pop(name) for name in ("tokens", "recommended") if name in first}
+        kept = {name: first.pop(name) for name in ("tokens", "balance") if name in first}
         here = json.loads(json.dumps(here))
         if here not in (first, *later):
             later.append(here)

@@ -243,17 +243,18 @@ def check_text(configs: Sequence[Config], pool: Path) -> None:
 
 
 def check_terms(configs: Sequence[Config], pool: Path) -> None:
-    """Raise EquipoiseError for finished runs of another balance=recommended than today's."""
+    """Raise EquipoiseError for finished runs whose setting of balance stood for other terms than today."""
     for config in configs:
-        result = Result.find(pool, config) if config.balance.strip() == RECOMMENDED else None
-        if result is None:
+        result = Result.find(pool, config)
+        before = None if result is None else result.environment.get("balance")
+        if result is None or before is None:
             continue
-        model = LanguageModel(config.model, config.data.vocab_size)
-        now = [repr(term) for term in balancing(RECOMMENDED, model)]
-        before = result.environment.get("recommended", [])
+        asked = config.balance.strip() == RECOMMENDED
+        model = LanguageModel(config.model, config.data.vocab_size) if asked else None
+        now = [repr(term) for term in balancing(config.balance, model)]
         if before != now:
             raise EquipoiseError(
-                f"{result.path} is of {_name(config)}, whose balance=recommended stood for "
+                f"{result.path} is of {_name(config)}, whose balance={config.balance} stood for "
                 f"{' + '.join(before)}, and now stands for {' + '.join(now)}: remove it, and it will be "
                 "run again."
             )

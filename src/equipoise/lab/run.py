@@ -30,7 +30,7 @@ from equipoise.lab.run_figures import draw_run
 from equipoise.lab.saving import saving
 from equipoise.lab.states import restore, snapshot
 from equipoise.lab.stopping import Stop
-from equipoise.lab.terms import RECOMMENDED, balancing, parse
+from equipoise.lab.terms import balancing, parse
 from equipoise.lab.weights import save_model
 
 QUICK_TOKENS = 20_000
@@ -47,8 +47,8 @@ class Run:
 
     corpus: Corpus
     batches: Batches
-    recommended: tuple[str, ...] = ()
-    """The terms that balance=recommended stands for."""
+    terms: tuple[str, ...] = ()
+    """What `config.balance` stands for, every default spelt out."""
 
     def __init__(
         self,
@@ -84,8 +84,7 @@ class Run:
     def _balanced(self) -> Handle | None:
         try:
             terms = balancing(self.config.balance, self.model)
-            if self.config.balance.strip() == RECOMMENDED:
-                self.recommended = tuple(map(repr, terms))
+            self.terms = tuple(map(repr, terms))
             if not terms:
                 return None
             return attach(

@@ -52,7 +52,7 @@ def train(
         with processes.together():
             if processes.first:
                 lock = folder.hold()
-                folder.begin(config, corpus.digest, terms=run.recommended, force=force)
+                folder.begin(config, corpus.digest, terms=run.terms, force=force)
         if folder.finished:
             run.say(f"{folder.path} is finished: nothing to do.")
             return folder.result()
