@@ -127,3 +127,18 @@ def test_the_norm_has_the_gradient_of_torchs() -> None:
         (norm(x) * inputs[1]).sum().backward()
         grads.append((x.grad, norm.weight.grad))
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+def test_autocast_leaves_the_norm_alone() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(WIDTH, eps=1e-5)
+    norm.weight.data = torch.linspace(0.5, 2, WIDTH)
+    inputs = torch.randn(ROWS, LENGTH, WIDTH), torch.randn(ROWS, LENGTH, WIDTH)
+    grads = []
+    for autocast in (False, True):
+        norm.weight.grad = None
+        x = inputs[0].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            (norm(x) * inputs[1]).sum().backward()
+        grads.append((x.grad, norm.weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -68,3 +68,18 @@ def test_under_autocast_only_the_products_are_rounded() -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=0, atol=0.01 * float(other.abs().max()))
+
+
+def test_the_loss_of_states_in_bfloat16_is_float32() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(CHUNK + 7, 12).bfloat16().requires_grad_()
+    weight = torch.randn(40, 12, requires_grad=True)
+    targets = torch.randint(40, (CHUNK + 7,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+        with torch.no_grad():
+            wanted = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert loss.dtype == wanted.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-6, atol=0)
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)

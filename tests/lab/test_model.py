@@ -217,6 +217,30 @@ def test_a_token_sees_no_later_one() -> None:
         torch.testing.assert_close(model(ids)[:, :8], model(other)[:, :8])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_attention_on_a_cpu_stays_in_float32(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(hidden_size=32, layers=1, expert_size=16), 50)
+    ids = torch.randint(50, (2, 9))
+    seen: list[torch.dtype] = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(*heads: torch.Tensor, **options: Any) -> torch.Tensor:
+        mixed = attention(*heads, **options)
+        seen.extend(tensor.dtype for tensor in (*heads, mixed))
+        return mixed
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    added: list[torch.dtype] = []
+    model.blocks[0].attention.register_forward_hook(lambda *call: added.append(call[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+        assert model(ids).dtype == torch.bfloat16  # as nn.Linear gives them
+    assert seen == [torch.float32] * 4
+    assert added == [torch.float32]
+
+
 def test_losses_are_those_of_the_logits() -> None:
     model = model_of()
     ids, targets = torch.randint(50, (2, 2, 12))

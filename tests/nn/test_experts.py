@@ -224,13 +224,14 @@ def test_weights_in_float32_beside_states_in_bfloat16() -> None:
     torch.testing.assert_close(out, module(hidden, ids, weights), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("capacity", [None, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_on_a_cpu_autocast_casts_to_the_weights(dtype: torch.dtype) -> None:
+def test_on_a_cpu_autocast_casts_to_the_weights(dtype: torch.dtype, capacity: int | None) -> None:
     module, (hidden, ids, weights) = problem(width=7, dtype=dtype)
-    wanted = module(hidden, ids, weights)
+    wanted = module(hidden, ids, weights, capacity)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(module(hidden, ids, weights), wanted)
-        out = module(hidden.bfloat16(), ids, weights)
+        assert torch.equal(module(hidden, ids, weights, capacity), wanted)
+        out = module(hidden.bfloat16(), ids, weights, capacity)
     torch.testing.assert_close(out.to(dtype), wanted, rtol=0.05, atol=0.02)
 
 

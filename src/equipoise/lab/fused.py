@@ -44,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_D, inverse = ctx.saved_tensors
         product = grads[0] * x
         grad_D = product.flatten(0, -2).t().mv(inverse.flatten())
-        along = product.matmul(weight_D).unsqueeze_(-1)
+        along = product.flatten(0, -2).mv(weight_D).view_as(inverse)  # autocast knows no mv
         along.mul_(inverse.square()).div_(-x.shape[-1])
         grad = torch.mul(grads[0], weight_D, out=product).addcmul_(x, along).mul_(inverse)
         return grad, grad_D, None

@@ -47,7 +47,7 @@ class _Chunked(torch.autograd.Function):
             total += _chunk(hidden[rows], weight, targets_T[rows], grad_TD[rows], grad_VD)
         ctx.save_for_backward(grad_TD, grad_VD)
         ctx.count = len(hidden_TD)
-        return (total / len(hidden_TD)).to(hidden_TD.dtype)
+        return (total / len(hidden_TD)).to(torch.promote_types(hidden_TD.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -48,8 +48,9 @@ def grouped_dtype(weight_EOI: Tensor) -> torch.dtype:
 
 def batched_linear(rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
     """The same where every expert has R / E rows: one batched product, shapes known beforehand."""
-    experts = len(weight_EOI)
-    outputs_ECO = torch.bmm(rows_RI.view(experts, -1, rows_RI.shape[1]), weight_EOI.transpose(1, 2))
+    rows_ECI = rows_RI.view(len(weight_EOI), -1, rows_RI.shape[1])
+    with torch.autocast(rows_RI.device.type, enabled=False):  # in the type that they are given
+        outputs_ECO = torch.bmm(rows_ECI, weight_EOI.transpose(1, 2))
     return outputs_ECO.flatten(0, 1)
 
 
