@@ -387,7 +387,7 @@ def test_a_loss_on_the_routers_weight_is_measured_and_has_nothing_to_check() -> 
         Loss("switch", scope=Running(decay=0.5), weight=0.1, count="kept"),
         Loss("communication", options={"groups": 4}),
         Loss("switch", controller=TargetMaxVio(0.3), convention="megatron"),
-        Loss("entropy", scope=Subset(seed=3), weight=-1.0),
+        Loss("entropy", scope=Subset(seed=3), weight=-1.0, name="mine"),
     ],
     ids=repr,
 )

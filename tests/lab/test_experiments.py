@@ -428,18 +428,21 @@ def test_finished_runs_of_another_text_are_refused(
 
 
 @pytest.mark.parametrize("balance", ["recommended", "quantile"])
-def test_finished_runs_of_terms_with_other_defaults_are_refused(
-    balance: str, tmp_path: Path, configure: Callable[..., Config]
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_of_terms_with_other_defaults_are_refused(
+    balance: str, finished: bool, tmp_path: Path, configure: Callable[..., Config]
 ) -> None:
     config = configure(balance=balance, model__router="sigmoid")
     folder = folder_of(tmp_path, config)
     train(config, folder, save=False)
     Grid([config], tmp_path, 1).run()
     environment = RunFolder(folder).read("environment.json")
-    RunFolder(folder).write("environment.json", {**environment, "balance": ["Bias(Old())"]})
+    environment["balance"][0]["controller"]["ema"] = 0.5
+    RunFolder(folder).write("environment.json", environment)
+    if not finished:
+        (folder / "result.json").unlink()
     with pytest.raises(
-        EquipoiseError,
-        match=rf"balance={balance} stood for Bias\(Old\(\)\), and now stands for Bias\(",
+        EquipoiseError, match=rf"balance={balance} stood .*controller.\w+.ema: 0.5 before, 0.0 now"
     ):
         Grid([config], tmp_path, 1).run()
 

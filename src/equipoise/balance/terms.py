@@ -100,8 +100,7 @@ class Loss:
                 "switch loss only; give this one in ours."
             )
         if not self.name:
-            kind = "" if self.count == "selected" else f"_{self.count}"
-            object.__setattr__(self, "name", f"{objective.name}_{scope.name}{kind}")
+            object.__setattr__(self, "name", self._usual_name())
 
     def __repr__(self) -> str:
         scope = scope_of(self)
@@ -112,10 +111,15 @@ class Loss:
             "options": {},
             "controller": None,
             "convention": "equipoise",
+            "name": self._usual_name(),
         }
         shown |= {key: getattr(self, key) for key in usual if getattr(self, key) != usual[key]}
         told = (f"{key}={value!r}" for key, value in shown.items())
         return f"Loss({', '.join([repr(objective_of(self).name), *told])})"
+
+    def _usual_name(self) -> str:
+        kind = "" if self.count == "selected" else f"_{self.count}"
+        return f"{objective_of(self).name}_{scope_of(self).name}{kind}"
 
     def factor(self, *, top_k: int, num_layers: int, num_experts: int, ranks: int) -> float:
         """What turns `weight` into ours, for a model of this shape."""

@@ -32,6 +32,7 @@ import torch
 from equipoise.errors import EquipoiseError, counted
 from equipoise.lab.config import Config, differences
 from equipoise.lab.saving import replacing
+from equipoise.lab.spelt import changed
 from equipoise.lock import Lock
 
 LOCK = "run.lock"
@@ -105,21 +106,22 @@ class RunFolder:
                 "choose another folder with --out, or --force to begin anew here."
             )
 
-    def _check_terms(self, terms: Sequence[str]) -> None:
+    def other_terms(self, terms: Any) -> str:
+        """What the setting of balance stood for when the run was begun, if not for these, `spelt`."""
         before = self.read("environment.json").get("balance") if self._described else None
-        if before is not None and before != list(terms):
+        return "" if before is None else changed(before, terms)
+
+    def _check_terms(self, terms: Any) -> None:
+        if other := self.other_terms(terms):
             raise EquipoiseError(
-                f"{self.path} was begun where its setting of balance stood for {' + '.join(before)}, and "
-                f"now it stands for {' + '.join(terms)}: choose another folder with --out, or --force to "
-                "begin anew here."
+                f"{self.path} was begun where its setting of balance stood for something else ({other}): "
+                "choose another folder with --out, or --force to begin anew here."
             )
 
-    def begin(
-        self, config: Config, digest: str, *, terms: Sequence[str] = (), force: bool = False
-    ) -> None:
+    def begin(self, config: Config, digest: str, *, terms: Any = (), force: bool = False) -> None:
         """Begin in the folder held, or find that it is of this same run; EquipoiseError where not.
 
-        terms: what the setting of balance stands for. force: throw away the run that is there.
+        terms: what the setting of balance stands for, `spelt`. force: throw away the run that is there.
         """
         self.check(config, force=force)
         if force:

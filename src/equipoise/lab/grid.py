@@ -17,9 +17,11 @@ from typing import Any
 from equipoise.errors import EquipoiseError
 from equipoise.lab.config import Config, DataConfig
 from equipoise.lab.corpus import digest_of
+from equipoise.lab.folder import RunFolder
 from equipoise.lab.launch import meetings
 from equipoise.lab.model import LanguageModel
 from equipoise.lab.results import Result, folder_of
+from equipoise.lab.spelt import spelt
 from equipoise.lab.terms import RECOMMENDED, balancing
 
 Say = Callable[[str], None]
@@ -243,20 +245,17 @@ def check_text(configs: Sequence[Config], pool: Path) -> None:
 
 
 def check_terms(configs: Sequence[Config], pool: Path) -> None:
-    """Raise EquipoiseError for finished runs whose setting of balance stood for other terms than today."""
+    """Raise EquipoiseError for runs begun where their setting of balance stood for other terms than today."""
     for config in configs:
-        result = Result.find(pool, config)
-        before = None if result is None else result.environment.get("balance")
-        if result is None or before is None:
+        folder = RunFolder(folder_of(pool, config))
+        if not folder.path.exists():
             continue
         asked = config.balance.strip() == RECOMMENDED
         model = LanguageModel(config.model, config.data.vocab_size) if asked else None
-        now = [repr(term) for term in balancing(config.balance, model)]
-        if before != now:
+        if other := folder.other_terms(spelt(balancing(config.balance, model))):
             raise EquipoiseError(
-                f"{result.path} is of {_name(config)}, whose balance={config.balance} stood for "
-                f"{' + '.join(before)}, and now stands for {' + '.join(now)}: remove it, and it will be "
-                "run again."
+                f"{folder.path} is of {_name(config)}, begun where balance={config.balance} stood for "
+                f"something else ({other}): remove it, and it will be run again."
             )
 
 

@@ -28,6 +28,7 @@ from equipoise.lab.optim import make_optimizer, rate_at, set_rate
 from equipoise.lab.processes import Processes
 from equipoise.lab.run_figures import draw_run
 from equipoise.lab.saving import saving
+from equipoise.lab.spelt import spelt
 from equipoise.lab.states import restore, snapshot
 from equipoise.lab.stopping import Stop
 from equipoise.lab.terms import balancing, parse
@@ -47,8 +48,8 @@ class Run:
 
     corpus: Corpus
     batches: Batches
-    terms: tuple[str, ...] = ()
-    """What `config.balance` stands for, every default spelt out."""
+    terms: Any = ()
+    """What `config.balance` stands for, `spelt`."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Run:
     def _balanced(self) -> Handle | None:
         try:
             terms = balancing(self.config.balance, self.model)
-            self.terms = tuple(map(repr, terms))
+            self.terms = spelt(terms)
             if not terms:
                 return None
             return attach(
