@@ -22,7 +22,7 @@ from equipoise.lab import Config, load_corpus, pages
 from equipoise.lab.experiments import EXPERIMENTS, collapse
 from equipoise.lab.experiments.base import Experiment, seeded
 from equipoise.lab.folder import RunFolder
-from equipoise.lab.grid import Grid, missing
+from equipoise.lab.grid import Grid, check_terms, missing
 from equipoise.lab.recipes import reading
 from equipoise.lab.results import Result, folder_of, identity
 from equipoise.lab.trainer import train
@@ -61,6 +61,14 @@ def test_the_page_here_is_what_the_runs_here_tell(name: str) -> None:
     page = pages.page_of(experiment, configs, PAGES, "cpu")
     assert page.markdown == (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert all((PAGES / figure).exists() for figure in page.figures)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_runs_here_were_of_todays_terms(name: str) -> None:
+    configs = EXPERIMENTS[name].configs("cpu", 1)
+    kept = [Result.find(PAGES / "runs", config) for config in configs]
+    assert all(result is None or "balance" in result.environment for result in kept)
+    check_terms(configs, PAGES / "runs")
 
 
 @pytest.mark.parametrize(
