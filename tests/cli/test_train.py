@@ -267,6 +267,8 @@ def test_a_run_folder_goes_by_one_id_at_wandb(
 def test_both_stretches_of_a_stopped_run_are_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     from equipoise.cli.loggers import _wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -275,6 +277,7 @@ def test_both_stretches_of_a_stopped_run_are_kept_offline(
         sink, finish = _wandb(tmp_path, recipe("tiny"))
         sink({"train/loss": 1.0}, step)
         finish()
+    wandb.teardown()  # as at a process's end: the service that writes may be behind
     kept = [folder.name for folder in (tmp_path / "wandb").glob("offline-run-*")]
     assert len({name.rpartition("-")[2] for name in kept}) == 2
     for name in kept:
